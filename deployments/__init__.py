@@ -1,0 +1,1 @@
+"""Ray Serve: one file per funnel stage, and the HTTP edge."""

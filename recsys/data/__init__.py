@@ -1,0 +1,1 @@
+"""From files to cleaned, encoded interactions and honest splits."""

@@ -1,0 +1,1 @@
+"""Neural models, written for one device; embeddings are handed in."""

@@ -1,0 +1,1 @@
+"""Recall channels: each turns a batch of queries into candidate items."""

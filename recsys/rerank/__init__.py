@@ -1,0 +1,1 @@
+"""The last stage: order a short list for the whole page."""

@@ -1,0 +1,1 @@
+"""Tests of training, stores, registry and command line."""
