@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from recsys.core import FrozenConfig
 
@@ -66,8 +66,6 @@ class ColumnConfig(FrozenConfig):
     """Larger numbers count as missing, and are counted."""
     timezone: str = "UTC"
     """Where the clock hangs that hour and weekday are read from, such as Asia/Shanghai."""
-    max_values: NonNegativeInt = 0
-    """Known values kept, the most frequent first; 0 keeps all."""
 
     @model_validator(mode="before")
     @classmethod
