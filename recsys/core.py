@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict
 
 UNKNOWN = -1
 """The row of an id that a vocabulary does not know, and of an empty slot."""
+
+_RECENT_IDS = 100_000
 
 
 class FrozenConfig(BaseModel):
@@ -57,12 +59,22 @@ class Vocabulary:
             order = np.argsort(keys, kind="stable").astype(np.int32)
             hashes = keys[order]
         self._hashes, self._order = hashes, order
+        self._recent: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def row(self, outside_id: str) -> int:
         """The row of one canonical id, or UNKNOWN."""
+        known = self._recent.get(outside_id)
+        if known is None:
+            known = self._search(outside_id)
+            if len(self._recent) >= _RECENT_IDS:
+                self._recent = {}  # bounded: a full table starts afresh rather than tracking ages
+            self._recent[outside_id] = known
+        return known
+
+    def _search(self, outside_id: str) -> int:
         key = np.uint64(id_hash(outside_id))
         at = int(np.searchsorted(self._hashes, key))
         while at < len(self._hashes) and self._hashes[at] == key:
@@ -138,7 +150,8 @@ class Queries:
     user_ids B strings; users (B,); k (B,); at (B,) Unix seconds; history (B, L) item rows, newest LAST, padded on the
     left; history_times (B, L) Unix seconds (NaN: unknown or empty); exclude (B, E) padded on the right;
     contexts and profiles: B mappings of raw values (a profile overrides the bundle's user columns);
-    explain: whether any query asks for the stages' ranks and scores.
+    explain: whether any query asks for the stages' ranks and scores. `memo` keeps what stages of one process derive from
+    the batch (encoded features, user vectors) so that it is computed once; it never crosses a process boundary.
     """
 
     user_ids: list[str]
@@ -151,9 +164,17 @@ class Queries:
     contexts: list[Mapping[str, Any]]
     profiles: list[Mapping[str, Any]]
     explain: bool = False
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.user_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: {} if f.name == "memo" else getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     @classmethod
     def of(cls, queries: Sequence[Query], *, history_length: int) -> Self:
@@ -195,6 +216,7 @@ class Queries:
             exclude=self.exclude[at],
             contexts=[self.contexts[i] for i in at],
             profiles=[self.profiles[i] for i in at],
+            memo={},
         )
 
 
@@ -205,7 +227,7 @@ class Candidates:
     items (B, N) int32; scores (B, N) float32; channel_scores (B, N, C) float32, NaN where channel c did not recall the
     item; channel_ranks (B, N, C) int16, 1 for that channel's first, 0 where it did not recall the item.
     `trail` holds, per stage passed, the (B, N) ranks (int16, 1 is first) and scores of the items still here; it is kept
-    only for queries that ask to be explained.
+    only for queries that ask to be explained. `stage` names the stage whose order this is; `lost` the channels that failed.
     """
 
     items: np.ndarray
@@ -214,6 +236,8 @@ class Candidates:
     channel_scores: np.ndarray
     channel_ranks: np.ndarray
     trail: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    stage: str = "recall"
+    lost: tuple[str, ...] = ()
 
     NO_SCORE: ClassVar[np.float32] = np.float32(-np.inf)
 
@@ -237,37 +261,43 @@ class Candidates:
             np.empty((B, 0, C), np.int16),
         )
 
-    def ranked(self, scores: np.ndarray, keep: int, *, stage: str | None = None) -> Self:
-        """Re-order by (B, N) `scores`, keep the best `keep`; ties go to who stood first. With `stage`, note the trail."""
+    def ranked(self, scores: np.ndarray, keep: int, *, stage: str, explain: bool = False) -> Self:
+        """Re-order by (B, N) `scores`, keep the best `keep`; ties go to who stood first. With `explain`, note the trail."""
         scores = np.where(self.items == UNKNOWN, self.NO_SCORE, scores).astype(np.float32, copy=False)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]  # (B, keep)
-        out = self.reordered(order, np.take_along_axis(scores, order, 1))
-        if stage is not None:
-            out.trail[stage] = (np.broadcast_to(np.arange(1, out.width + 1, dtype=np.int16), out.items.shape), out.scores)
+        out = self.reordered(order, np.take_along_axis(scores, order, 1), stage=stage)
+        if explain:
+            out.noted()
         return out
 
-    def reordered(self, order: np.ndarray, scores: np.ndarray) -> Self:
+    def noted(self) -> None:
+        """Write this stage's ranks and scores into the trail."""
+        ranks = np.broadcast_to(np.arange(1, self.width + 1, dtype=np.int16), self.items.shape)
+        self.trail[self.stage] = (ranks, self.scores)
+
+    def reordered(self, order: np.ndarray, scores: np.ndarray, *, stage: str | None = None) -> Self:
         """Take slots (B, M) in this order with these (B, M) scores; everything known of an item moves with it."""
-        deep = order[:, :, None]
-        return type(self)(
-            np.take_along_axis(self.items, order, 1),
-            scores,
-            self.channels,
-            np.take_along_axis(self.channel_scores, deep, 1),
-            np.take_along_axis(self.channel_ranks, deep, 1),
-            {k: (np.take_along_axis(r, order, 1), np.take_along_axis(s, order, 1)) for k, (r, s) in self.trail.items()},
+        rows = np.arange(len(self.items))[:, None]
+        return replace(
+            self,
+            items=self.items[rows, order],
+            scores=scores,
+            channel_scores=self.channel_scores[rows, order],
+            channel_ranks=self.channel_ranks[rows, order],
+            trail={k: (r[rows, order], s[rows, order]) for k, (r, s) in self.trail.items()},
+            stage=stage or self.stage,
         )
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Self:
         """The lists of these queries, in this order."""
         at = np.asarray(rows, np.int64)
-        return type(self)(
-            self.items[at],
-            self.scores[at],
-            self.channels,
-            self.channel_scores[at],
-            self.channel_ranks[at],
-            {k: (r[at], s[at]) for k, (r, s) in self.trail.items()},
+        return replace(
+            self,
+            items=self.items[at],
+            scores=self.scores[at],
+            channel_scores=self.channel_scores[at],
+            channel_ranks=self.channel_ranks[at],
+            trail={k: (r[at], s[at]) for k, (r, s) in self.trail.items()},
         )
 
     def sources(self, b: int, n: int) -> list[str]:
