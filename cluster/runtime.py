@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -122,11 +121,15 @@ def _set_environment(env: Mapping[str, str]) -> None:
 
 
 def _haproxy_folder(port: int) -> Path:
-    """A folder only this user can enter. Short, because a Unix socket's path ends at 107 bytes."""
-    folder = Path(tempfile.gettempdir()) / f"rayfunnel-haproxy-{os.getuid()}-{port}"
+    """A folder only this user can enter.
+
+    Under /tmp and with a short name, because Ray appends 57 characters for the node and HAProxy refuses sockets whose
+    path is longer than 97.
+    """
+    folder = Path("/tmp") / f"rf-{os.getuid()}-{port}"  # noqa: S108 - made 0700 below, and refused if it is not ours
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise RayfunnelError(f"'{folder}' belongs to somebody else. Remove it, or set TMPDIR to a folder of your own.")
+        raise RayfunnelError(f"'{folder}' belongs to somebody else. Remove it, or serve on another port.")
     folder.chmod(0o700)
     return folder
 
