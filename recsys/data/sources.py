@@ -120,11 +120,9 @@ class InteractionsConfig(FileConfig):
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(path, part) of every file in log order; part is 0 train, 1 valid, 2 test, and 0 for a log in one piece."""
-        for path in (self.path,) if isinstance(self.path, str) else self.path or ():
-            yield path, 0
-        for part, path in enumerate((self.train, self.valid, self.test)):
-            if path is not None:
-                yield path, part
+        whole = (self.path,) if isinstance(self.path, str) else self.path or ()
+        yield from ((path, 0) for path in whole)
+        yield from ((path, part) for part, path in enumerate((self.train, self.valid, self.test)) if path is not None)
 
     @property
     def in_parts(self) -> bool:
