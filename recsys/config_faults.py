@@ -1,0 +1,201 @@
+"""What is wrong with a configuration, in words: where it stands, what came, what was expected, the nearest valid name.
+
+pydantic says what is wrong with a value; this module finds the line it was written on and the key that was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+PASSWORD = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)[^/\s@]+(?=@)")
+"""The password in `scheme://user:password@host`."""
+Path = tuple[str | int, ...]
+
+
+def redact(text: str) -> str:
+    """The text with the password of every URL in it replaced by ***."""
+    return PASSWORD.sub(r"\g<before>***", text)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file and line a value was written in; a --set setting has no line."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return redact(self.file if self.line is None else f"{self.file}:{self.line}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong. `sentence` follows the path: "is not a known key", "must be greater than 0"."""
+
+    origin: Origin
+    path: str
+    sentence: str
+    value: Any = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        subject = f"{self.path} " if self.path else ""
+        came = f" (got {self.shown})" if self.value is not None else ""
+        meant = f" Did you mean '{self.hint}'?" if self.hint else ""
+        end = "" if self.sentence.endswith((".", "?")) and not came else "."
+        return redact(f"{self.origin}: {subject}{self.sentence}{came}{end}{meant}")
+
+    @property
+    def shown(self) -> str:
+        """The value as one short line."""
+        if self.value is None:
+            return ""
+        text = json.dumps(self.value, ensure_ascii=False, default=str)
+        return redact(text if len(text) <= 60 else text[:57] + "...")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to this one, or None where none is close."""
+    names = list(known)
+    by_lower = {other.lower(): other for other in names}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def explain(error: ValidationError, schema: type[BaseModel], data: Any, where: Callable[[Path], Origin]) -> list[Fault]:
+    """Each fault of `data` once, in the order of the file. `where` gives the origin of a path."""
+    by_path: dict[Path, list[tuple[ErrorDetails, list[Any]]]] = {}
+    for detail in error.errors(include_url=False):
+        path, annotations = _locate(detail, schema, data)
+        by_path.setdefault(path, []).append((detail, annotations))
+    faults = []
+    for path, details in by_path.items():
+        # `str | Section`: where a section was given, the faults inside it say more than "expected a string".
+        deeper = any(other[: len(path)] == path and len(other) > len(path) for other in by_path)
+        if not (deeper and all(d["type"].endswith(("_type", "_parsing")) for d, _ in details)):
+            faults.append(_fault(path, details, schema, where))
+    return sorted(faults, key=lambda f: (f.origin.file, f.origin.line or 0))
+
+
+def _fault(path: Path, details: list[tuple[ErrorDetails, list[Any]]], schema: type[BaseModel], where: Callable[[Path], Origin]) -> Fault:
+    detail, annotations = details[0]
+    dotted, value = ".".join(str(part) for part in path), detail["input"]
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = sorted({name for a in annotations for name in _fields(a)})
+        hint = nearest(str(path[-1]), known) or _elsewhere(str(path[-1]), schema)
+        listed = "" if hint or not known else f"; known here: {', '.join(known)}"
+        return Fault(where(path), dotted, f"is not a known key{listed}", hint=hint)
+    if kind == "missing":
+        return Fault(where(path), dotted, "is missing; it has no default")
+    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+        tags = re.findall(r"'([^']*)'", str(context.get("expected_tags", ""))) or _tags(annotations)
+        if kind == "union_tag_not_found":
+            return Fault(where(path), f"{dotted}.type", f"is missing; one of {', '.join(tags)}")
+        given = str(context.get("tag", ""))
+        return Fault(where((*path, "type")), f"{dotted}.type", f"must be one of {', '.join(tags)}", given, nearest(given, tags))
+    if kind == "value_error":
+        sentence = detail["msg"].removeprefix("Value error, ")
+        return Fault(where(path), f"{dotted}:" if dotted else "", sentence)
+    choices = [
+        c for d, _ in details if d["type"] == "literal_error" for c in re.findall(r"'([^']*)'", str(d.get("ctx", {}).get("expected", "")))
+    ]
+    expected = " or ".join(dict.fromkeys(_expected(d) for d, _ in details))
+    shown = "null" if value is None else value
+    return Fault(where(path), dotted, f"must be {expected}", shown, nearest(str(value), choices))
+
+
+def _expected(detail: ErrorDetails) -> str:
+    text = detail["msg"].removeprefix("Input should be ")
+    text = re.sub(r", unable to parse .*|, got a number with a fractional part", "", text)
+    return "a section of keys and values" if "valid dictionary" in text else text
+
+
+def _locate(detail: ErrorDetails, schema: type[BaseModel], data: Any) -> tuple[Path, list[Any]]:
+    """The path as the user wrote it (pydantic adds the branch of a union), and the annotations of its section."""
+    path: list[str | int] = []
+    annotations: list[Any] = [schema]
+    at = data
+    parts = detail["loc"]
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        inside = (isinstance(at, Mapping) and str(part) in at) or (isinstance(at, list) and isinstance(part, int) and part < len(at))
+        if not inside and not (last and detail["type"] == "missing"):
+            annotations = [a for a in annotations if str(part) in (_tag(a), getattr(a, "__name__", None))] or annotations
+            continue
+        path.append(part)
+        if last and detail["type"] in {"extra_forbidden", "missing"}:
+            break
+        annotations = [child for a in annotations for child in _children(a, part)]
+        at = _entry(at, part) if inside else None
+        annotations = _of_type(annotations, at)
+    return tuple(path), annotations
+
+
+def _entry(section: Any, part: str | int) -> Any:
+    return section[int(part)] if isinstance(section, list) else section[str(part)]
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    """The classes an annotation allows: unions, Annotated and aliases taken apart."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _flatten(get_args(annotation)[0])
+    if origin in {Union, types.UnionType}:
+        return [member for arg in get_args(annotation) for member in _flatten(arg)]
+    return [annotation]
+
+
+def _children(annotation: Any, part: str | int) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        info = annotation.model_fields.get(str(part))
+        return _flatten(info.annotation) if info else []
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
+        return _flatten(arguments[1])
+    return [member for argument in arguments if argument is not Ellipsis for member in _flatten(argument)]
+
+
+def _of_type(annotations: list[Any], value: Any) -> list[Any]:
+    """Of several sections, the one whose `type` was written."""
+    given = value.get("type") if isinstance(value, Mapping) else None
+    return [a for a in annotations if given is not None and _tag(a) == given] or annotations
+
+
+def _fields(annotation: Any) -> list[str]:
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _tag(annotation: Any) -> str | None:
+    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return None
+    info = annotation.model_fields.get("type")
+    values = get_args(info.annotation) if info is not None and get_origin(info.annotation) is Literal else ()
+    return str(values[0]) if values else None
+
+
+def _tags(annotations: Sequence[Any]) -> list[str]:
+    return [tag for a in annotations if (tag := _tag(a)) is not None]
+
+
+def _elsewhere(key: str, schema: type[BaseModel]) -> str | None:
+    """The full path of a key of this very name in another section."""
+    return next((path for path in dotted_paths(schema) if path.rpartition(".")[2] == key and "." in path), None)
+
+
+def dotted_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted path that a configuration of this class can have, mappings of free names left out."""
+    for name, info in schema.model_fields.items():
+        yield prefix + name
+        for member in _flatten(info.annotation):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                yield from dotted_paths(member, f"{prefix}{name}.")
