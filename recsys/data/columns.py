@@ -18,6 +18,8 @@ Kind = Literal["id", "category", "tags", "sequence", "number", "bins", "text", "
 Scale = Literal["none", "log", "min_max", "standard"]
 Combiner = Literal["mean", "sum", "none"]
 
+FROM_TIME: frozenset[Kind] = frozenset({"hour", "weekday"})
+"""Kinds that are read from the time of an event, not from a column."""
 _VOCABULARY: frozenset[Kind] = frozenset({"id", "category", "tags", "sequence", "text"})
 _LISTS: frozenset[Kind] = frozenset({"tags", "sequence", "text"})
 _NUMBERS: frozenset[Kind] = frozenset({"number", "bins"})
@@ -32,7 +34,7 @@ _TAKEN_BY: dict[str, frozenset[Kind]] = {
     "edges": frozenset({"bins"}),
     "min_value": _NUMBERS,
     "max_value": _NUMBERS,
-    "timezone": frozenset({"hour", "weekday"}),
+    "timezone": FROM_TIME,
 }
 
 

@@ -16,10 +16,12 @@ RENAMED = {"userId": "user_id", "movieId": "item_id"}
 LOG = ["user_id", "item_id", "rating", "timestamp"]
 USERS = {"|": ["user_id", "age", "gender", "occupation", "zip_code"], "::": ["user_id", "gender", "age", "occupation", "zip_code"]}
 ITEMS = {"|": ["item_id", "title", "release_date", "video_release_date", "imdb_url", "genres"], "::": ["item_id", "title", "genres"]}
-GENRES = tuple(
+_FLAGS = (
     "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|Mystery|Romance|"
-    "Sci-Fi|Thriller|War|Western".split("|")
+    "Sci-Fi|Thriller|War|Western"
 )
+GENRES = _FLAGS.split("|")
+"""The genre of each flag of u.item, in order."""
 
 
 def delimiter(path: Path) -> str:

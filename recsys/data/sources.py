@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from recsys.core import FrozenConfig
-from recsys.data.columns import ColumnConfig
+from recsys.data.columns import FROM_TIME, ColumnConfig
 
 Format = Literal["auto", "csv", "parquet", "recbole", "movielens", "kuairand"]
 TimeUnit = Literal["s", "ms", "iso"]
@@ -160,7 +160,7 @@ class TableConfig(FileConfig):
     @classmethod
     def _clock_belongs_to_the_moment(cls, columns: dict[str, ColumnConfig]) -> dict[str, ColumnConfig]:
         for name, column in columns.items():
-            if column.kind in ("hour", "weekday"):
+            if column.kind in FROM_TIME:
                 raise ValueError(f"'{name}': kind {column.kind} is read from the time of an event; declare it in interactions.context")
         return columns
 
