@@ -6,10 +6,12 @@ ones, known from their tables) are in the vocabularies too, after the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from recsys.core import Vocabulary
@@ -52,6 +54,44 @@ class Interactions:
     has_time: bool = True
     impressions: bool = False
     past: CSR | None = None
+
+    @classmethod
+    def of(
+        cls,
+        user: ArrayLike,
+        item: ArrayLike,
+        time: ArrayLike | None = None,
+        *,
+        users: Vocabulary,
+        items: Vocabulary,
+        event: ArrayLike | None = None,
+        event_names: tuple[str, ...] = ("click",),
+        value: ArrayLike | None = None,
+        labels: Mapping[str, ArrayLike] | None = None,
+        context: Mapping[str, ArrayLike] | None = None,
+        impressions: bool = False,
+        past: CSR | None = None,
+    ) -> Self:
+        """From columns in log order: sorts by time (where there is one), fills in what is absent. The first label is the positive."""
+        n = len(np.asarray(user))
+        seconds = np.arange(n, dtype=np.float64) if time is None else np.asarray(time, np.float64)
+        order = np.argsort(seconds, kind="stable")
+        named = {name: np.asarray(label, np.float32)[order] for name, label in (labels or {}).items()}
+        return cls(
+            users=users,
+            items=items,
+            user=np.asarray(user, np.int32)[order],
+            item=np.asarray(item, np.int32)[order],
+            time=seconds[order],
+            event=(np.zeros(n, np.int8) if event is None else np.asarray(event, np.int8))[order],
+            event_names=event_names,
+            value=(np.full(n, np.nan, np.float32) if value is None else np.asarray(value, np.float32))[order],
+            labels={POSITIVE: next(iter(named.values()), np.ones(n, np.float32)), **named},
+            context={name: np.asarray(column)[order] for name, column in (context or {}).items()},
+            has_time=time is not None,
+            impressions=impressions,
+            past=past,
+        )
 
     def __len__(self) -> int:
         return len(self.user)
