@@ -1,0 +1,199 @@
+"""The feature store: an append-only log of events, each user's recent history, and profiles. The protocol, and one in memory.
+
+A user's history is LastN of `features.generate`: the newest events by (time, log position), late ones in their place. Event
+types that the configuration keeps out of histories are in the log all the same. An event id counts once per user.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import orjson
+from pydantic import PositiveFloat, PositiveInt
+
+from recsys.core import FrozenConfig, id_hash
+from recsys.errors import StoreError
+from recsys.features.schema import HistoryConfig
+
+
+class StoreConfig(FrozenConfig):
+    prefix: str = "rf"
+    """Begins every key, so that several recommenders can share one Redis."""
+    partitions: PositiveInt = 16
+    """Event streams that users are spread over; one consumer owns each. Fixed once a store holds events."""
+    user_ttl_h: PositiveFloat = 24.0 * 90
+    """Hours after a user's last event when that user's history is forgotten. The log itself never expires."""
+    duplicate_ttl_h: PositiveFloat = 1.0
+    """Hours during which a repeated event id is recognised. Costs about 100 bytes per event of that time."""
+    append_timeout_ms: PositiveFloat = 5_000.0
+    """How long an append may take before the store counts as unavailable."""
+
+
+class NewEvent(NamedTuple):
+    """An event as it comes in; `time_ms` is milliseconds since 1970, `context` anything that JSON can hold."""
+
+    user_id: str
+    item_id: str
+    event: str
+    time_ms: int
+    value: float | None
+    event_id: str
+    request_id: str | None = None
+    context: Mapping[str, Any] | None = None
+
+
+class StoredEvent(NamedTuple):
+    """An event of a user's history."""
+
+    item_id: str
+    event: str
+    time_ms: int
+    value: float | None
+    event_id: str
+
+
+class LoggedEvent(NamedTuple):
+    """An event of the log and its position in its partition; positions ascend, and are `read_log`'s `after`."""
+
+    position: str
+    event: NewEvent
+
+
+@dataclass
+class UserState:
+    """What the store knows of a user: history, oldest first, and profile."""
+
+    events: list[StoredEvent] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+
+
+class AppendResult(NamedTuple):
+    """How many events were new, and how many had been told before."""
+
+    accepted: int
+    duplicates: int
+
+
+class FeatureStore(Protocol):
+    """Every call raises StoreUnavailableError when the store does not answer, StoreError for what it cannot hold."""
+
+    async def append(self, events: Sequence[NewEvent]) -> AppendResult:
+        """Log events and update histories; durable when it returns. Repeating a call is harmless, a failed one included."""
+        ...
+
+    async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:
+        """The states of a micro-batch in one read, in its order; an unknown user has an empty one."""
+        ...
+
+    async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
+        """Replace a user's profile; an empty one deletes it."""
+        ...
+
+    def read_log(self, partition: int, after: str = "") -> AsyncIterator[LoggedEvent]:
+        """The events of a partition in log order, those behind position `after`."""
+        ...
+
+    async def ping(self) -> None:
+        """Return when the store answers."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+def event_identity(user_id: str, item_id: str, event: str, time_ms: int) -> str:
+    """The id of an event that brings none: 128 bits of sha256 over what it says, in hexadecimal."""
+    return hashlib.sha256(json.dumps([user_id, item_id, event, time_ms]).encode()).hexdigest()[:32]
+
+
+def partition_of(user_id: str, partitions: int) -> int:
+    """The partition that holds everything of a user."""
+    return id_hash(user_id) % partitions
+
+
+def to_record(event: NewEvent) -> bytes:
+    """An event as one record of the log: a JSON list that begins with its version. StoreError where JSON cannot hold it."""
+    value = None if event.value is None or math.isnan(event.value) else event.value
+    try:
+        return orjson.dumps([1, *event[:4], value, event.event_id, event.request_id, dict(event.context or {})])
+    except (TypeError, ValueError) as fault:
+        raise StoreError(
+            f"Event '{event.event_id}' cannot be written as JSON ({fault}). Send text, numbers, lists and mappings."
+        ) from fault
+
+
+def from_record(record: bytes) -> NewEvent:
+    """What `to_record` wrote."""
+    version, *fields = orjson.loads(record)
+    if version != 1:
+        raise StoreError(f"The event log holds a record of version {version}, this code reads version 1. Run the newer release.")
+    return NewEvent(*fields)
+
+
+def to_profile(user_id: str, profile: Mapping[str, Any]) -> bytes:
+    """A profile as JSON. StoreError where JSON cannot hold it."""
+    try:
+        return orjson.dumps(dict(profile))
+    except (TypeError, ValueError) as fault:
+        raise StoreError(f"The profile of user '{user_id}' cannot be written as JSON ({fault}).") from fault
+
+
+class MemoryStore:
+    """A store in this process, for tests and for trying things out: nothing survives it. Not for several threads."""
+
+    def __init__(
+        self, config: StoreConfig | None = None, history: HistoryConfig | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.config, self.history = config or StoreConfig(), history or HistoryConfig()
+        self._clock = clock
+        self._log: list[list[bytes]] = [[] for _ in range(self.config.partitions)]
+        self._histories: dict[str, list[StoredEvent]] = {}
+        self._profiles: dict[str, bytes] = {}
+        self._told: dict[tuple[str, str], float] = {}  # (user, event id) -> when it is forgotten
+
+    async def append(self, events: Sequence[NewEvent]) -> AppendResult:
+        records = [to_record(event) for event in events]
+        now, accepted = self._clock(), 0
+        for event, record in zip(events, records, strict=True):
+            if self._told.get((event.user_id, event.event_id), -math.inf) > now:
+                continue
+            self._told[event.user_id, event.event_id] = now + self.config.duplicate_ttl_h * 3600
+            self._log[partition_of(event.user_id, self.config.partitions)].append(record)
+            accepted += 1
+            if self.history.admits(event.event):
+                self._enter(from_record(record))
+        return AppendResult(accepted, len(events) - accepted)
+
+    def _enter(self, event: NewEvent) -> None:
+        line = self._histories.setdefault(event.user_id, [])
+        at = bisect.bisect_right(line, event.time_ms, key=lambda e: e.time_ms)  # behind those of its time: they came first
+        line.insert(at, StoredEvent(event.item_id, event.event, event.time_ms, event.value, event.event_id))
+        del line[: -self.history.length]
+
+    async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:  # noqa: ARG002 - nothing to wait for
+        return [UserState(list(self._histories.get(u, ())), orjson.loads(self._profiles.get(u, b"{}"))) for u in user_ids]
+
+    async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
+        if profile:
+            self._profiles[user_id] = to_profile(user_id, profile)
+        else:
+            self._profiles.pop(user_id, None)
+
+    async def read_log(self, partition: int, after: str = "") -> AsyncIterator[LoggedEvent]:
+        records = self._log[partition]
+        for at in range(int(after) + 1 if after else 0, len(records)):
+            yield LoggedEvent(str(at), from_record(records[at]))
+
+    async def ping(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
