@@ -121,7 +121,7 @@ def partition_of(user_id: str, partitions: int) -> int:
 
 def to_record(event: NewEvent) -> bytes:
     """An event as one record of the log: a JSON list that begins with its version. StoreError where JSON cannot hold it."""
-    value = None if event.value is None or math.isnan(event.value) else event.value
+    value = None if event.value is None or not math.isfinite(event.value) else float(event.value)
     try:
         return orjson.dumps([1, *event[:4], value, event.event_id, event.request_id, dict(event.context or {})])
     except (TypeError, ValueError) as fault:
