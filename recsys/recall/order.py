@@ -1,0 +1,63 @@
+"""Sorting by one packed 64-bit key, because numpy sorts plain integers ten times faster than it argsorts.
+
+The position rides in the low bits, so every order is stable: ties go to who stood first, in any batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+LOW = np.uint64(0xFFFF_FFFF)
+
+
+def descending(scores: np.ndarray) -> np.ndarray:
+    """Float32 scores without NaN -> uint64 keys that sort highest score first; the low 32 bits are free for a position."""
+    bits = (np.float32(0) - scores.astype(np.float32, copy=False)).view(np.int32)  # 0 - x: makes -0 and 0 one value
+    # A float's bits compare like an integer once negatives are flipped and the sign bit is turned round.
+    keys = (bits ^ ((bits >> 31) | np.int32(-(2**31)))).view(np.uint32).astype(np.uint64)
+    keys <<= np.uint64(32)
+    return keys
+
+
+def scores_of(keys: np.ndarray) -> np.ndarray:
+    """The scores that `descending` made these keys of."""
+    turned = (keys >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    bits = turned ^ (~(turned >> 31) | np.int32(-(2**31)))
+    scores: np.ndarray = np.float32(0) - bits.view(np.float32)
+    return scores
+
+
+def best_first(scores: np.ndarray, keep: int) -> np.ndarray:
+    """(B, N) float32 scores without NaN -> (B, min(keep, N)) int64 columns, highest score first, ties to the smaller column."""
+    keys = descending(scores)
+    keys |= np.arange(scores.shape[1], dtype=np.uint64)
+    if keep < scores.shape[1] // 4:
+        keys = np.partition(keys, keep, axis=1)[:, :keep]  # keys are distinct, so which ones are kept is certain
+    keys.sort(axis=1)
+    columns: np.ndarray = (keys[:, :keep] & LOW).astype(np.int64)
+    return columns
+
+
+def by_key(keys: np.ndarray, bound: int) -> np.ndarray:
+    """(n,) int64 keys in [0, bound) -> (n,) int64 positions that sort them, equal keys in the order they came in."""
+    bits = max(len(keys) - 1, 1).bit_length()
+    if bound.bit_length() + bits > 63:
+        return np.argsort(keys, kind="stable")
+    packed = (keys << bits) | np.arange(len(keys), dtype=np.int64)
+    packed.sort()
+    positions: np.ndarray = packed & ((1 << bits) - 1)
+    return positions
+
+
+def among(items: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(B, N) item rows, (B, E) item rows with -1 in empty slots -> (B, N) bool: whether an item stands in its row of `others`."""
+    here = others >= 0
+    if not here.any() or not items.size:
+        return np.zeros(items.shape, bool)
+    span = max(int(others.max()), int(items.max())) + 2
+    rows = np.arange(len(items), dtype=np.int64)[:, None] * span
+    listed = np.sort((rows + others)[here])
+    keys = rows + items
+    at = np.minimum(np.searchsorted(listed, keys), len(listed) - 1)
+    found: np.ndarray = (listed[at] == keys) & (items >= 0)
+    return found

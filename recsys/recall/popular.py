@@ -1,0 +1,95 @@
+"""What most people like now: counts that fade with time, the same list for everybody less what they must not see.
+
+The channel that always answers: for a new user, and as the last rung when others fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import PositiveFloat
+
+from recsys.core import UNKNOWN, FrozenConfig, Queries
+from recsys.data.interactions import Interactions
+from recsys.errors import NotFittedError
+
+log = logging.getLogger(__name__)
+
+
+class PopularConfig(FrozenConfig):
+    type: Literal["popular"] = "popular"
+    half_life_h: PositiveFloat | None = 168.0
+    """Hours before the end of the log in which an event loses half its weight; null: plain counts, as for a log without times."""
+
+    def build(self) -> Popular:
+        """The channel, not yet fitted."""
+        return Popular(self)
+
+    def load(self, folder: Path, _funnel: object = None) -> Popular:
+        """The channel that was saved in `folder`."""
+        return Popular.load(folder, self)
+
+
+class Popular:
+    """score(item) = sum over its positives of 0.5 ** (age at the end of the log / half-life)."""
+
+    name = "popular"
+
+    def __init__(self, config: PopularConfig) -> None:
+        self.config = config
+        self._counts: np.ndarray | None = None
+        self._order = np.empty(0, np.int32)
+        self._place = np.empty(0, np.int32)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(n_items,) float32 decayed counts."""
+        if self._counts is None:
+            raise NotFittedError("Popular has no counts yet. Call fit(interactions) first.")
+        return self._counts
+
+    def fit(self, interactions: Interactions) -> Self:
+        """Count the positives of the log."""
+        positives = interactions.positives()
+        half_life_h = self.config.half_life_h
+        if half_life_h is not None and not interactions.has_time:
+            log.info("popular counts all events alike (half_life_h=%g has no meaning: the log has no times)", half_life_h)
+            half_life_h = None
+        weight = None
+        if half_life_h is not None and len(interactions):
+            weight = 0.5 ** ((interactions.time[-1] - positives.time) / 3600 / half_life_h)
+        return self._rank(np.bincount(positives.item, weight, minlength=interactions.n_items).astype(np.float32))
+
+    def _rank(self, counts: np.ndarray) -> Self:
+        self._counts = counts
+        self._order = np.argsort(-counts, kind="stable").astype(np.int32)  # best first, ties to the smaller row
+        self._place = np.empty_like(self._order)
+        self._place[self._order] = np.arange(len(counts), dtype=np.int32)
+        return self
+
+    def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items with the highest counts; items without any event come last, so k come back if the catalogue has them."""
+        counts, n, B = self.counts, len(self.counts), len(queries)
+        barred = (queries.exclude >= 0) & (queries.exclude < n)
+        width = min(k + int(barred.sum(1).max(initial=0)), n)
+        query, slot = np.nonzero(barred)
+        place = self._place[queries.exclude[query, slot]]
+        out = np.zeros((B, width), bool)
+        out[query[place < width], place[place < width]] = True
+        kept = np.argsort(out, axis=1, kind="stable")[:, : min(k, n)]  # what is not barred moves up, in its order
+        gone = np.take_along_axis(out, kept, 1)
+        items = self._order[kept]
+        return np.where(gone, UNKNOWN, items).astype(np.int32), np.where(gone, -np.inf, counts[items]).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write counts.npy."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "counts.npy", self.counts)
+
+    @classmethod
+    def load(cls, folder: Path, config: PopularConfig) -> Self:
+        """Read what `save` wrote."""
+        return cls(config)._rank(np.load(folder / "counts.npy"))

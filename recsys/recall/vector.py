@@ -1,0 +1,330 @@
+"""Nearest items to a user's vector by inner product, over Faiss: exact, IVF or HNSW, whichever fits the size.
+
+An approximate index is tuned when it is built: its effort is raised until the asked share of the exact answer comes
+back. Excluded items never cost places: k items come back whenever k others exist.
+HNSW and IVF want vectors of one length (the two-tower's are): with inner product, long vectors attract everything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import faiss
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from recsys.core import UNKNOWN, FrozenConfig, Queries
+from recsys.errors import BundleError, ConfigError
+from recsys.recall.order import among, best_first
+
+log = logging.getLogger(__name__)
+
+SEARCH: Any = faiss  # its type stubs lack the search parameters
+
+BLOCK = 16_000_000
+"""Most scores that an exact search holds at once (64 MB)."""
+OVER_FETCH = 512
+"""Up to this many excluded items, an approximate search asks for more and drops them; above, it filters as it walks."""
+SLACK = 8
+"""Exact search settles near-ties at the last place among this many more (see _exact)."""
+
+
+class EncodesUsers(Protocol):
+    """What turns queries into vectors in the space of the items: the funnel, with its two-tower."""
+
+    def user_vectors(self, queries: Queries) -> np.ndarray:
+        """(B, d) float32; a row of NaN says that nothing is known of that user."""
+        ...
+
+
+class VectorConfig(FrozenConfig):
+    type: Literal["two_tower"] = "two_tower"
+    kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto"
+    """`flat` compares with every item; `hnsw` walks a graph; `ivf` looks into the nearest clusters. `auto` chooses by size."""
+    flat_below: PositiveInt = 10_000
+    """`auto` is exact below this many items: fast enough, and nothing is lost."""
+    ivf_from: PositiveInt = 2_000_000
+    """`auto` takes IVF from this many items on, because HNSW's graph adds 270 bytes an item to its vectors."""
+    recall_goal: float = Field(0.98, gt=0, le=1)
+    """Share of the exact 100 nearest that an approximate index must find; its effort is raised until it does."""
+    hnsw_links: PositiveInt = 32
+    """Links of an item on HNSW's ground level are twice this. More: better recall, more memory."""
+    ef_construction: PositiveInt = 100
+    """Candidates looked at when an item enters HNSW's graph. More: better graph, slower build."""
+    ef_search: PositiveInt = 64
+    """Candidates HNSW keeps in a search at least; tuned upwards."""
+    lists: PositiveInt | None = None
+    """IVF's clusters; absent: 4 * sqrt(items)."""
+    probes: PositiveInt = 8
+    """Clusters that IVF looks into at least; tuned upwards."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto` takes a GPU where faiss-gpu and a device are present (flat and IVF), else the CPU."""
+    threads: PositiveInt | None = None
+    """Threads of one Faiss search; absent: all. Exact search on the CPU uses the process's BLAS threads."""
+    seed: int = 1
+    """Of IVF's clustering."""
+
+    def build(self) -> VectorIndex:
+        """An empty index; `fit` fills it."""
+        return VectorIndex(self)
+
+    def load(self, folder: Path, funnel: EncodesUsers) -> VectorRecaller:
+        """The channel of a saved index; the funnel encodes the users."""
+        return VectorRecaller(self.type, funnel.user_vectors, VectorIndex.load(folder, self))
+
+
+class VectorIndex:
+    """Item vectors under an index. Row r of the vectors is item row r."""
+
+    def __init__(self, config: VectorConfig) -> None:
+        self.config = config
+        self.kind = config.kind
+        self.effort = 0
+        """ef_search of HNSW, probes of IVF, as tuned."""
+        self.measured_recall = 1.0
+        """Share of the exact 100 nearest found when it was built."""
+        self.index: Any = None
+        self.on_gpu = False
+
+    def __len__(self) -> int:
+        return 0 if self.index is None else int(self.index.ntotal)
+
+    # Building.
+
+    def fit(self, vectors: np.ndarray, queries: np.ndarray | None = None) -> Self:
+        """Index (n_items, d) vectors; `queries` (q, d) are typical user vectors to tune on, absent: some of the items."""
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        n, d = vectors.shape
+        gpu = _gpu_wanted(self.config.device)
+        self.kind = self._choose(n, gpu)
+        if self.kind == "hnsw":
+            self.index = faiss.IndexHNSWFlat(d, self.config.hnsw_links, faiss.METRIC_INNER_PRODUCT)
+            self.index.hnsw.efConstruction = self.config.ef_construction
+            self.effort = self.config.ef_search
+        elif self.kind == "ivf":
+            lists = min(self.config.lists or int(4 * np.sqrt(n)), max(n, 1))
+            self.index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)
+            self.index.cp.seed, self.index.cp.min_points_per_centroid = self.config.seed, 1
+            self.index.train(vectors)
+            self.index.make_direct_map()  # so that `similar` finds an item's vector
+            self.effort = min(self.config.probes, lists)
+        else:
+            self.index = faiss.IndexFlatIP(d)
+        self.index.add(vectors)
+        self._place(gpu)
+        if self.kind != "flat":
+            sample = np.random.default_rng(self.config.seed).choice(n, min(n, 256), replace=False)
+            self._tune(vectors, vectors[np.sort(sample)] if queries is None else np.ascontiguousarray(queries[:256], np.float32))
+        return self
+
+    def _choose(self, n: int, gpu: bool) -> Literal["flat", "ivf", "hnsw"]:
+        c = self.config
+        if c.kind != "auto":
+            if c.kind == "hnsw" and gpu:
+                raise ConfigError("recall index kind 'hnsw' has no GPU version. Use kind: flat or ivf there, or device: cpu.")
+            chosen, reason = c.kind, "as configured"
+        elif n < c.flat_below:
+            chosen, reason = "flat", f"flat below {c.flat_below:,}"
+        elif n >= c.ivf_from:
+            chosen, reason = "ivf", f"ivf from {c.ivf_from:,}"
+        elif gpu:
+            chosen, reason = "flat", f"on a GPU flat below {c.ivf_from:,}"
+        else:
+            chosen, reason = "hnsw", f"flat below {c.flat_below:,}, ivf from {c.ivf_from:,}"
+        log.info("faiss index=%s device=%s (items=%s; %s)", chosen, "gpu" if gpu else "cpu", f"{n:,}", reason)
+        return chosen
+
+    def _place(self, gpu: bool) -> None:
+        self.on_gpu = gpu
+        if gpu:
+            self.index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self.index)
+
+    def _tune(self, vectors: np.ndarray, queries: np.ndarray) -> None:
+        """Double the effort until the recall goal holds on `queries`; past the size of the index there is no more to gain."""
+        k = min(100, len(vectors))
+        truth, _ = exact_search(vectors, queries, k)
+        most = int(self.index.nlist) if self.kind == "ivf" else len(vectors)
+        while True:
+            found, _ = self._faiss_search(queries, k)
+            self.measured_recall = float(among(found, truth).sum() / truth.size)
+            if self.measured_recall >= self.config.recall_goal or self.effort >= most:
+                break
+            self.effort = min(self.effort * 2, most)
+        log.info(
+            "faiss index=%s effort=%d recall@%d=%.4f (goal %.2f)", self.kind, self.effort, k, self.measured_recall, self.config.recall_goal
+        )
+
+    # Searching.
+
+    def recall_vectors(self, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, d) user vectors, (B, E) excluded item rows (-1: empty slot) -> ((B, k') items, (B, k') scores), best first.
+
+        k' = min(k, n_items); a row is short (-1, -inf) only where fewer items are left. A row with NaN answers nothing.
+        """
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        B, k = len(vectors), min(k, len(self))
+        if not B or not k:
+            return np.empty((B, 0), np.int32), np.empty((B, 0), np.float32)
+        known = np.isfinite(vectors).all(1)
+        if not known.all():
+            items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
+            if known.any():
+                items[known], scores[known] = self.recall_vectors(vectors[known], exclude[known], k)
+            return items, scores
+        if self.kind == "flat" and not self.on_gpu:
+            return exact_search(self.vectors(), vectors, k, exclude)
+        return self._filtered(vectors, exclude, k)
+
+    def _filtered(self, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        B = len(vectors)
+        n_excluded = (exclude >= 0).sum(1)
+        items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
+        light = np.flatnonzero((n_excluded <= OVER_FETCH) | self.on_gpu)
+        if light.size:
+            found = self._faiss_search(vectors[light], min(k + int(n_excluded[light].max()), len(self)))
+            items[light], scores[light] = _without(*found, exclude[light], k)
+        for b in np.flatnonzero((n_excluded > OVER_FETCH) & (not self.on_gpu)):
+            ids = exclude[b][exclude[b] >= 0].astype(np.int64)
+            found = self._faiss_search(vectors[b : b + 1], k, faiss.IDSelectorNot(faiss.IDSelectorBatch(ids)))
+            items[b], scores[b] = (x[0] for x in _without(*found, exclude[b : b + 1], k))
+        # A graph walk or a few clusters can end before k are found: those rows get the exact answer.
+        short = np.flatnonzero((items >= 0).sum(1) < np.minimum(k, len(self) - n_excluded))
+        if short.size:
+            log.debug("faiss index=%s answered %d of %d queries short; searched exactly", self.kind, short.size, B)
+            items[short], scores[short] = exact_search(self.vectors(), vectors[short], k, exclude[short])
+        return items, scores
+
+    def _faiss_search(self, vectors: np.ndarray, k: int, selector: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        if self.config.threads is not None:
+            faiss.omp_set_num_threads(self.config.threads)  # OpenMP keeps this number per calling thread
+        if self.kind == "hnsw":
+            params = SEARCH.SearchParametersHNSW(efSearch=max(self.effort, k), sel=selector)
+        elif self.kind == "ivf":
+            params = SEARCH.SearchParametersIVF(nprobe=self.effort, sel=selector)
+        else:
+            params = None
+        scores, items = self.index.search(vectors, k, params=params)
+        return items.astype(np.int32), np.where(items < 0, -np.inf, scores).astype(np.float32)
+
+    def vectors(self) -> np.ndarray:
+        """The (n_items, d) float32 vectors under the index; a view without a copy where it is flat or HNSW on the CPU."""
+        if self.kind == "ivf" or self.on_gpu:
+            return np.asarray(self.index.reconstruct_n(0, len(self)))
+        flat = self.index if self.kind == "flat" else SEARCH.downcast_index(self.index.storage)
+        return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+
+    def similar(self, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) item rows -> their ((B, k') nearest other items, (B, k') inner products); an unknown item answers nothing."""
+        known = (items >= 0) & (items < len(self))
+        d = int(self.index.d)
+        vectors = np.full((len(items), d), np.nan, np.float32)
+        for b in np.flatnonzero(known):
+            vectors[b] = self.index.reconstruct(int(items[b]))
+        return self.recall_vectors(vectors, np.where(known, items, UNKNOWN).astype(np.int32)[:, None], k)
+
+    # Keeping.
+
+    def save(self, folder: Path) -> None:
+        """Write `index.faiss` (with the vectors) and `index.json` (kind, effort, measured recall, shape)."""
+        faiss.write_index(faiss.index_gpu_to_cpu(self.index) if self.on_gpu else self.index, str(folder / "index.faiss"))
+        facts = {
+            "kind": self.kind,
+            "effort": self.effort,
+            "measured_recall": self.measured_recall,
+            "items": len(self),
+            "dim": int(self.index.d),
+        }
+        (folder / "index.json").write_text(json.dumps(facts))
+
+    @classmethod
+    def load(cls, folder: Path, config: VectorConfig) -> Self:
+        """Read what `save` wrote; HNSW and IVF stay memory-mapped on the CPU. BundleError where the two files do not match."""
+        facts = json.loads((folder / "index.json").read_text())
+        self = cls(config)
+        self.kind, self.effort, self.measured_recall = facts["kind"], int(facts["effort"]), float(facts["measured_recall"])
+        gpu = self.kind != "hnsw" and _gpu_wanted(config.device)
+        try:
+            # A mapped flat index has unaligned vectors, with which numpy does not use BLAS: 40 times slower.
+            self.index = faiss.read_index(str(folder / "index.faiss"), 0 if gpu or self.kind == "flat" else faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as e:
+            raise BundleError(f"Faiss cannot read '{folder / 'index.faiss'}': {e}. Rebuild the index from vectors.npy.") from e
+        if (len(self), int(self.index.d)) != (facts["items"], facts["dim"]):
+            raise BundleError(
+                f"'{folder / 'index.faiss'}' holds {len(self)} x {self.index.d} vectors, index.json says {facts['items']} x {facts['dim']}. "
+                "Rebuild the bundle."
+            )
+        self._place(gpu)
+        return self
+
+
+class VectorRecaller:
+    """A recall channel from any model that turns queries into vectors in the space of an index.
+
+    `encode` gives (B, d) float32; a row of NaN says that the model knows nothing of that user, who then gets no items.
+    """
+
+    def __init__(self, name: str, encode: Callable[[Queries], np.ndarray], index: VectorIndex) -> None:
+        self.name = name
+        self.encode = encode
+        self.index = index
+
+    def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items whose vectors have the largest inner product with the user's."""
+        return self.index.recall_vectors(self.encode(queries), queries.exclude, k)
+
+    def save(self, folder: Path) -> None:
+        """Write the index; the model has its own folder."""
+        self.index.save(folder)
+
+
+def exact_search(items: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest inner products of (B, d) queries with (I, d) items, in blocks: ((B, min(k, I)) items, scores), best first.
+
+    BLAS rounds differently for different batch sizes. So it only nominates k + SLACK items; their scores are summed again
+    in one fixed order, and decide: an answer does not depend on its batch. Ties go to the smaller row.
+    """
+    k = min(k, len(items))
+    step = max(1, BLOCK // max(len(items), 1))
+    parts = [
+        _exact(items, queries[b : b + step], k, None if exclude is None else exclude[b : b + step]) for b in range(0, len(queries), step)
+    ]
+    if not parts:
+        return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def _exact(items: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries @ items.T  # (B, I)
+    if exclude is not None and exclude.size:
+        row, slot = np.nonzero((exclude >= 0) & (exclude < len(items)))
+        scores[row, exclude[row, slot]] = -np.inf
+    nominated = np.sort(best_first(scores, k + SLACK), axis=1)  # (B, k + SLACK)
+    out = np.isneginf(np.take_along_axis(scores, nominated, 1))
+    again = np.einsum("bkd,bd->bk", items[nominated], queries)
+    return _best(nominated, np.where(out, np.float32(-np.inf), again), k)
+
+
+def _without(items: np.ndarray, scores: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Drop excluded items from Faiss's answer and keep k, ties to the smaller row; pads where Faiss gave fewer."""
+    order = np.argsort(items, axis=1)
+    items = np.take_along_axis(items, order, 1)
+    scores = np.where(among(items, exclude), np.float32(-np.inf), np.take_along_axis(scores, order, 1))
+    return _best(items, scores, k)
+
+
+def _best(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    order = best_first(scores, k)
+    scores = np.take_along_axis(scores, order, 1)
+    return np.where(np.isneginf(scores), UNKNOWN, np.take_along_axis(items, order, 1)).astype(np.int32), scores
+
+
+def _gpu_wanted(device: str) -> bool:
+    """Whether to search on a GPU: where faiss is a GPU build and sees a device, unless the CPU is asked for."""
+    present = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    if device == "gpu" and not present:
+        raise ConfigError("recall index device is 'gpu', but faiss sees no GPU here. Install faiss-gpu on a GPU host, or use device: auto.")
+    return device != "cpu" and present

@@ -1,0 +1,175 @@
+"""The last order: maximal marginal relevance (Carbonell & Goldstein, 1998) and caps per category.
+
+The page is filled place by place: each takes the item with the best balance of its own score and its likeness to what
+stands above it, among those that no cap forbids. Scores stay those of the fine rank; only the order changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, PositiveInt
+
+from recsys.core import UNKNOWN, Candidates, FrozenConfig, Queries
+from recsys.errors import ConfigError
+
+KEPT, LIFTED, LOWERED, RELAXED = range(4)
+REASONS = ("", "moved up for diversity", "moved down for diversity", "a cap gave way to fill the page")
+"""What `rerank_with_reasons` says of an item, by code."""
+
+BLOCK = 16_000_000
+"""Most similarities held at once (64 MB); larger batches go in parts."""
+
+
+class CapConfig(FrozenConfig):
+    column: str
+    """Item feature whose values are capped, such as category or author."""
+    at_most: PositiveInt = 2
+    """Items that may share a value within the window. Of a bag (tags, genres) every value counts. Items without a value are free."""
+    window: PositiveInt = 10
+    """Places in a row within which the cap holds; at or above the length of the page: on the whole page."""
+
+
+class MMRConfig(FrozenConfig):
+    model_config = ConfigDict(populate_by_name=True)
+
+    type: Literal["mmr", "none"] = "mmr"
+    """`none` leaves the order of the fine rank as it is."""
+    lambda_: float = Field(0.8, alias="lambda", ge=0, le=1)
+    """Weight of relevance against novelty on the page: 1 keeps the order of relevance, 0 only avoids likeness. In files: lambda."""
+    pool: PositiveInt = 100
+    """Only so many of the best candidates are considered (or the page, if it is longer)."""
+    caps: tuple[CapConfig, ...] = ()
+    """At most so many items of one value of a column among so many places in a row. A cap that would leave places empty gives way."""
+
+    def build(self, vectors: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> MMR:
+        """With (n_items, d) item vectors (None: no likeness, caps alone) and encoded item columns, (n_items,) or (n_items, W)."""
+        return MMR(self, vectors, columns)
+
+
+class MMR:
+    """argmax over what is left of lambda * relevance - (1 - lambda) * largest similarity to what was taken.
+
+    Both are put on one scale first: relevance is min-max scaled within the query's pool, similarity is (1 + cosine) / 2. An
+    item without a vector is like nothing (0).
+    """
+
+    def __init__(self, config: MMRConfig, vectors: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> None:
+        self.config = config
+        self.vectors = vectors
+        faults = [
+            f"rerank.caps uses column '{cap.column}', which items do not have. Known: {', '.join(sorted(columns)) or 'none'}."
+            for cap in config.caps
+            if cap.column not in columns
+        ]
+        if faults:
+            raise ConfigError(faults)
+        # (n_items, W) each; W = 1 for a column of one value.
+        self.columns = [c if c.ndim == 2 else c[:, None] for c in (columns[cap.column] for cap in config.caps)]
+
+    def rerank(self, queries: Queries, candidates: Candidates, k: int) -> Candidates:  # noqa: ARG002  a page hangs on its items alone
+        """At most k of the candidates, in page order; `scores` stay the fine scores."""
+        return self.rerank_with_reasons(candidates, k)[0]
+
+    def rerank_with_reasons(self, candidates: Candidates, k: int) -> tuple[Candidates, np.ndarray]:
+        """The page, and (B, k) int8 codes into REASONS of what became of each of its items."""
+        k = min(k, candidates.width)
+        B = len(candidates)
+        if self.config.type == "none" or not k or not B:
+            order, reasons = np.broadcast_to(np.arange(k), (B, k)), np.zeros((B, k), np.int8)
+        else:
+            pool = min(max(self.config.pool, k), candidates.width)
+            step = max(1, BLOCK // pool**2)
+            parts = [
+                self._fill(candidates.items[b : b + step, :pool], candidates.scores[b : b + step, :pool], k) for b in range(0, B, step)
+            ]
+            order, reasons = np.concatenate([o for o, _ in parts]), np.concatenate([r for _, r in parts])
+        return candidates.reordered(order, np.take_along_axis(candidates.scores, order, 1), stage="rerank"), reasons
+
+    def _fill(self, items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, P) items, best first, and scores -> the k slots of the page and why, (B, k) each."""
+        B, P = items.shape
+        rows, places = np.arange(B), np.arange(k)
+        free = items != UNKNOWN
+        empty_slot = free.argmin(1)  # where a list that has ended points to
+        worth = np.where(free, np.float32(self.config.lambda_) * _scaled(scores, free), np.float32(-np.inf))  # (B, P)
+        alike = self._similarity(items)  # (B, P, P), or None
+        if alike is None and not self.columns:
+            return np.broadcast_to(places, (B, k)), np.zeros((B, k), np.int8)
+        nearest = np.zeros((B, P), np.float32)  # similarity to the most similar item on the page
+        caps = [_Cap(cap, column[np.maximum(items, 0)]) for cap, column in zip(self.config.caps, self.columns, strict=True)]
+        order, relaxed = np.empty((B, k), np.int64), np.zeros((B, k), bool)
+        for n in range(k):
+            value = worth - nearest
+            ended = np.isneginf(value).all(1)
+            if caps:
+                forbidden = np.logical_or.reduce([cap.forbidden(n) for cap in caps])
+                capped = np.where(forbidden, np.float32(-np.inf), value)
+                relaxed[:, n] = np.isneginf(capped).all(1) & ~ended
+                value = np.where(relaxed[:, n, None], value, capped)
+            chosen = np.where(ended, empty_slot, value.argmax(1))  # ties: who stood first
+            order[:, n] = chosen
+            worth[rows, chosen] = -np.inf
+            for cap in caps:
+                cap.take(n, chosen)
+            if alike is not None:
+                np.maximum(nearest, alike[rows, chosen], out=nearest)
+        moved = np.where(order > places, LIFTED, np.where(order < places, LOWERED, KEPT))
+        reasons = np.where(np.take_along_axis(free, order, 1), np.where(relaxed, RELAXED, moved), KEPT)
+        return order, reasons.astype(np.int8)
+
+    def _similarity(self, items: np.ndarray) -> np.ndarray | None:
+        """(B, P, P) of (1 - lambda) * (1 + cosine) / 2; 0 where one has no vector. None where nothing has, or nobody asks."""
+        if self.vectors is None or self.config.lambda_ == 1:
+            return None
+        vectors = self.vectors[np.maximum(items, 0)].astype(np.float32)  # (B, P, d)
+        norm = np.sqrt(np.einsum("bpd,bpd->bp", vectors, vectors))
+        known = norm > 0
+        vectors /= np.where(known, norm, 1)[:, :, None]
+        cosine = vectors @ vectors.transpose(0, 2, 1)
+        cosine += 1
+        cosine *= np.float32((1 - self.config.lambda_) / 2)
+        if not known.all():
+            cosine *= known[:, :, None] & known[:, None, :]
+        similarity: np.ndarray = cosine
+        return similarity
+
+
+class _Cap:
+    """One cap over a batch: how often each value stands in the current window of each page."""
+
+    def __init__(self, config: CapConfig, values: np.ndarray) -> None:
+        self.config = config
+        B = len(values)
+        self.counted = values > 0  # row 0 is a missing value or padding
+        if B * (int(values.max(initial=0)) + 1) > 1_000_000:  # many values in all, few in this batch
+            values = np.unique(values, return_inverse=True)[1].reshape(values.shape)
+        n_values = int(values.max(initial=0)) + 1
+        self.at = values.astype(np.int64) + (np.arange(B) * n_values)[:, None, None]  # (B, P, W) places in `count`
+        self.count = np.zeros(B * n_values, np.int64)
+        self.taken: list[np.ndarray] = []
+
+    def forbidden(self, n: int) -> np.ndarray:
+        """(B, P) bool: whom the cap keeps from place n."""
+        if n >= self.config.window:
+            self.count[self.taken[n - self.config.window]] -= 1  # an item's values differ from each other
+        full: np.ndarray = ((self.count[self.at] >= self.config.at_most) & self.counted).any(2)
+        return full
+
+    def take(self, n: int, chosen: np.ndarray) -> None:
+        """Count the items that were given place n."""
+        rows = np.arange(len(chosen))
+        self.taken.append(self.at[rows, chosen][self.counted[rows, chosen]])
+        self.count[self.taken[n]] += 1
+
+
+def _scaled(scores: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """(B, P) scores min-max scaled to 0..1 over the valid slots of each row; 0 where all are one."""
+    low = np.where(valid, scores, np.inf).min(1, keepdims=True)
+    high = np.where(valid, scores, -np.inf).max(1, keepdims=True)
+    some = np.isfinite(low) & np.isfinite(high)
+    spread = np.where(some & (high > low), high - np.where(some, low, 0), 1)
+    scaled: np.ndarray = np.where(valid & some, scores - np.where(some, low, 0), 0) / spread
+    return scaled.astype(np.float32)
