@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-PASSWORD = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)[^/\s@]+(?=@)")
-"""The password in `scheme://user:password@host`."""
+PASSWORD = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)(?!\$\{)[^/\s@]+(?=@)")
+"""The password in `scheme://user:password@host`; `${NAME}` in its place is none yet."""
 Path = tuple[str | int, ...]
 
 
@@ -130,7 +130,7 @@ def _locate(detail: ErrorDetails, schema: type[BaseModel], data: Any) -> tuple[P
         last = index == len(parts) - 1
         inside = (isinstance(at, Mapping) and str(part) in at) or (isinstance(at, list) and isinstance(part, int) and part < len(at))
         if not inside and not (last and detail["type"] == "missing"):
-            annotations = [a for a in annotations if str(part) in (_tag(a), getattr(a, "__name__", None))] or annotations
+            annotations = [a for a in annotations if str(part) in (tag_of(a), getattr(a, "__name__", None))] or annotations
             continue
         path.append(part)
         if last and detail["type"] in {"extra_forbidden", "missing"}:
@@ -145,37 +145,38 @@ def _entry(section: Any, part: str | int) -> Any:
     return section[int(part)] if isinstance(section, list) else section[str(part)]
 
 
-def _flatten(annotation: Any) -> list[Any]:
+def flatten(annotation: Any) -> list[Any]:
     """The classes an annotation allows: unions, Annotated and aliases taken apart."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _flatten(get_args(annotation)[0])
+        return flatten(get_args(annotation)[0])
     if origin in {Union, types.UnionType}:
-        return [member for arg in get_args(annotation) for member in _flatten(arg)]
+        return [member for arg in get_args(annotation) for member in flatten(arg)]
     return [annotation]
 
 
 def _children(annotation: Any, part: str | int) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        info = annotation.model_fields.get(str(part))
-        return _flatten(info.annotation) if info else []
+        return [m for name, info in annotation.model_fields.items() if str(part) in (name, info.alias) for m in flatten(info.annotation)]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
-        return _flatten(arguments[1])
-    return [member for argument in arguments if argument is not Ellipsis for member in _flatten(argument)]
+        return flatten(arguments[1])
+    return [member for argument in arguments if argument is not Ellipsis for member in flatten(argument)]
 
 
 def _of_type(annotations: list[Any], value: Any) -> list[Any]:
     """Of several sections, the one whose `type` was written."""
     given = value.get("type") if isinstance(value, Mapping) else None
-    return [a for a in annotations if given is not None and _tag(a) == given] or annotations
+    return [a for a in annotations if given is not None and tag_of(a) == given] or annotations
 
 
 def _fields(annotation: Any) -> list[str]:
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [info.alias or name for name, info in annotation.model_fields.items()] if section else []
 
 
-def _tag(annotation: Any) -> str | None:
+def tag_of(annotation: Any) -> str | None:
+    """The `type` that a section of this class is written with, where it has one."""
     if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return None
     info = annotation.model_fields.get("type")
@@ -184,7 +185,7 @@ def _tag(annotation: Any) -> str | None:
 
 
 def _tags(annotations: Sequence[Any]) -> list[str]:
-    return [tag for a in annotations if (tag := _tag(a)) is not None]
+    return [tag for a in annotations if (tag := tag_of(a)) is not None]
 
 
 def _elsewhere(key: str, schema: type[BaseModel]) -> str | None:
@@ -194,8 +195,9 @@ def _elsewhere(key: str, schema: type[BaseModel]) -> str | None:
 
 def dotted_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted path that a configuration of this class can have, mappings of free names left out."""
-    for name, info in schema.model_fields.items():
+    for field, info in schema.model_fields.items():
+        name = info.alias or field
         yield prefix + name
-        for member in _flatten(info.annotation):
+        for member in flatten(info.annotation):
             if isinstance(member, type) and issubclass(member, BaseModel):
                 yield from dotted_paths(member, f"{prefix}{name}.")

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from recsys.config_faults import Fault, Origin, nearest
+from recsys.config_faults import Fault, Origin, explain, nearest
 
+Schema = TypeVar("Schema", bound=BaseModel)
+SHIPPED = Path(__file__).parent.parent / "configs"
+"""The configurations that come with the code: `extends: base.yaml` finds them from anywhere."""
 ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 """`${NAME}` or `${NAME:-default}` inside a string: for secrets, which do not belong into a file under version control."""
 
@@ -112,6 +116,24 @@ class Reader:
             tree = merge(tree, overlay) if overlay is not None else tree
         return tree
 
+    def expanded(self, node: Node, path: tuple[str, ...] = ()) -> Node:
+        """The tree with `${NAME}` and `${NAME:-default}` filled in from the environment; an unset name is a fault."""
+        if isinstance(node.value, dict):
+            return Node({key: self.expanded(child, (*path, key)) for key, child in node.value.items()}, node.origin)
+        if isinstance(node.value, list):
+            return Node([self.expanded(child, (*path, str(i))) for i, child in enumerate(node.value)], node.origin)
+        if not isinstance(node.value, str):
+            return node
+
+        def value_of(match: re.Match[str]) -> str:
+            name, default = match.groups()
+            found: str | None = os.environ[name] if name in os.environ else default  # noqa: SIM401 - get() hides None from mypy
+            if found is None:
+                self.faults.append(Fault(node.origin, ".".join(path), f"needs the environment variable {name}, which is not set"))
+            return found or ""
+
+        return Node(ENVIRONMENT.sub(value_of, node.value), node.origin)
+
     def _layers(self, file: Path, layers: dict[Path, Node], chain: tuple[Path, ...], origin: Origin | None) -> None:
         key = file.resolve()
         if key in chain:
@@ -127,7 +149,8 @@ class Reader:
         if parent is not None and not isinstance(parent.value, str):
             self.faults.append(Fault(parent.origin, "extends", "must be the path of one file, relative to this one", value=parent.plain()))
         elif parent is not None:
-            self._layers(file.parent / parent.value, layers, (*chain, key), parent.origin)
+            beside, shipped = file.parent / parent.value, SHIPPED / parent.value
+            self._layers(beside if beside.exists() or not shipped.exists() else shipped, layers, (*chain, key), parent.origin)
         layers[key] = node
 
     def _parse(self, file: Path, origin: Origin | None) -> Node | None:
@@ -177,31 +200,18 @@ class Reader:
             return Node(pairs, origin)
         if isinstance(node, yaml.SequenceNode):
             return Node([self._node(child, loader, file, above) for child in node.value], origin)
-        value = loader.construct_object(node)
-        return Node(self._expand(value, origin) if isinstance(value, str) else value, origin)
+        return Node(loader.construct_object(node), origin)
 
     def _find_duplicates(self, node: yaml.MappingNode, file: str) -> None:
         seen: dict[str, int] = {}
-        keys: list[Any] = [key for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key.value, str):  # `[a, b]: c`
+        for key, _ in node.value:
+            if key.id != yaml.ScalarNode.id:  # `[a, b]: c`
                 raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
             line = key.start_mark.line + 1
             if key.value in seen and key.value != "<<":
                 first = seen[key.value]
                 self.faults.append(Fault(Origin(file, line), key.value, f"is set twice in one section, first on line {first}. Remove one."))
             seen.setdefault(key.value, line)
-
-    def _expand(self, text: str, origin: Origin) -> str:
-        def value_of(match: re.Match[str]) -> str:
-            name, default = match.groups()
-            found = os.environ.get(name, default)
-            if found is None:
-                self.faults.append(Fault(origin, "", f"uses the environment variable {name}, which is not set"))
-                return ""
-            return found
-
-        return ENVIRONMENT.sub(value_of, text)
 
     def _setting(self, setting: str, tree: Node) -> Node | None:
         """`a.b.c=value` as a tree; a number steps into a list, whose other entries stay."""
@@ -232,6 +242,55 @@ class Reader:
     def _fatal(self, fault: Fault) -> None:
         self.faults.append(fault)
         self.readable = False
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Schema]):
+    """What a set of files says: a configuration, or what is wrong with it. `tree` knows where each value was written."""
+
+    config: Schema | None
+    faults: tuple[Fault, ...]
+    tree: Node
+
+
+def read_as(
+    schema: type[Schema],
+    files: Sequence[Path],
+    settings: Sequence[str] = (),
+    *,
+    places: Mapping[str, str] | None = None,
+    as_written: Sequence[str] = (),
+) -> Loaded[Schema]:
+    """Read files and settings as one configuration of this class; every fault of the files and of the values at once.
+
+    `places`: a short name of a section -> the dotted path it stands for. `as_written`: sections whose owner fills in
+    environment variables itself.
+    """
+    reader = Reader()
+    tree = reader.read(files, settings)
+    for short, path in (places or {}).items():
+        tree = _placed(tree, short, path.split("."))
+    kept = {name: tree.value[name] for name in as_written if name in tree.value}
+    rest = Node({name: child for name, child in tree.value.items() if name not in kept}, tree.origin)
+    tree = Node(reader.expanded(rest).value | kept, tree.origin)
+    if not reader.readable:
+        return Loaded(None, tuple(reader.faults), tree)
+    data = tree.plain()
+    try:
+        config = schema.model_validate(data)
+    except ValidationError as error:
+        return Loaded(None, (*reader.faults, *explain(error, schema, data, tree.at)), tree)
+    return Loaded(config if not reader.faults else None, tuple(reader.faults), tree)
+
+
+def _placed(tree: Node, short: str, path: list[str]) -> Node:
+    """Move the section written under its short name to its place, over what stands there."""
+    if short not in tree.value:
+        return tree
+    moved = tree.value[short]
+    for part in reversed(path):
+        moved = Node({part: moved}, moved.origin)
+    return merge(Node({key: child for key, child in tree.value.items() if key != short}, tree.origin), moved)
 
 
 def _key(node: yaml.ScalarNode, loader: _Loader) -> str:

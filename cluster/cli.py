@@ -1,0 +1,402 @@
+"""The command line: every offline command, thin over `cluster.pipeline` and the registry.
+
+Start-up stays quick because nothing heavy is imported before a command needs it. `deployments.cli` takes the same `app` and
+adds what serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from recsys.errors import ConfigError, RayfunnelError
+
+if TYPE_CHECKING:
+    from cluster.registry import Registry
+    from recsys.config import Config
+
+out = Console()
+err = Console(stderr=True)
+DEBUG = "RAYFUNNEL_DEBUG"
+
+ConfigFiles = Annotated[
+    list[Path], typer.Option("--config", "-c", metavar="FILE", help="Configuration file. Give it again to lay more files over the first.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="PATH=VALUE", help="One value by its dotted path, over all files: fine_rank.training.epochs=3"),
+]
+DATA, MODEL, REGISTRY, CONFIG = "Data", "Model", "Versions", "Configuration"
+
+
+class Commands(TyperGroup):
+    """Turns every error that is written for a person into one red sentence on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; RAYFUNNEL_DEBUG (or --debug) lets the traceback through."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print("Stopped.")
+            raise typer.Exit(130) from None
+        except RayfunnelError as error:
+            if os.environ.get(DEBUG):
+                raise
+            say(error)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if os.environ.get(DEBUG) or error.filename is None:
+                raise
+            say(RayfunnelError(f"'{error.filename}' cannot be used: {error.strerror}. Check that it exists and who may read or write it."))
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="rayfunnel", cls=Commands, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False
+)
+data_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Bring, check and look at the data a configuration names.")
+config_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Check a configuration, or show what its files add up to.")
+app.add_typer(data_app, name="data", rich_help_panel=DATA)
+app.add_typer(config_app, name="config", rich_help_panel=CONFIG)
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error instead of its sentence.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings only; no log of choices made.")] = False,
+) -> None:
+    """From a log of events to a ranked page: train on Ray, publish, serve.
+
+    A first tour, on MovieLens-100k:
+
+      rayfunnel data fetch  -c configs/movielens.yaml
+      rayfunnel train       -c configs/movielens.yaml
+      rayfunnel versions    -c configs/movielens.yaml
+      rayfunnel recommend   -c configs/movielens.yaml 196
+
+    Every key of a configuration is explained in configs/base.yaml.
+    """
+    if debug:
+        os.environ[DEBUG] = "1"
+    _log_to_terminal(logging.WARNING if quiet else logging.INFO)
+
+
+# Data.
+
+
+@data_app.command("fetch")
+def data_fetch(config: ConfigFiles, settings: Settings = None) -> None:
+    """Bring the public data set that the configuration names to its workdir, once.
+
+    Example: rayfunnel data fetch -c configs/movielens.yaml
+    """
+    from cluster import pipeline
+
+    pipeline.fetch(load(config, settings), out)
+
+
+@data_app.command("validate")
+def data_validate(config: ConfigFiles, settings: Settings = None) -> None:
+    """Read the data as training would, and account for every row: read, dropped by reason, kept.
+
+    Example: rayfunnel data validate -c mine.yaml
+    """
+    from cluster import data_report
+
+    data_report.validate(load(config, settings), out)
+
+
+@data_app.command("describe")
+def data_describe(config: ConfigFiles, settings: Settings = None) -> None:
+    """What one looks at first: counts, density, long tail, history lengths, repeats, time span, cold share.
+
+    Example: rayfunnel data describe -c mine.yaml
+    """
+    from cluster import data_report
+
+    data_report.describe(load(config, settings), out)
+
+
+@app.command(rich_help_panel=DATA)
+def prepare(config: ConfigFiles, settings: Settings = None) -> None:
+    """Clean and split the log, fit the features, write training examples. What is up to date is kept.
+
+    Example: rayfunnel prepare -c configs/movielens.yaml
+    """
+    from cluster import pipeline
+
+    pipeline.prepare(load(config, settings), out)
+
+
+# Model.
+
+
+@app.command(rich_help_panel=MODEL)
+def train(
+    config: ConfigFiles,
+    settings: Settings = None,
+) -> None:
+    """Prepare what is stale, fit every model on Ray, evaluate, publish. Promotes only where nothing is in production.
+
+    Interrupted runs go on where they stopped: give the same command again.
+
+    Examples:
+
+      rayfunnel train -c configs/movielens.yaml
+
+      rayfunnel train -c configs/movielens.yaml --set fine_rank.model.type=lr
+
+      ray job submit --working-dir . -- python -m cluster train -c configs/movielens.yaml --set workdir=/data/rayfunnel
+    """
+    from cluster import pipeline
+
+    version = pipeline.train(load(config, settings), out)
+    out.print(f"Published [bold]{version}[/]")
+
+
+@app.command(rich_help_panel=MODEL)
+def tune(
+    config: ConfigFiles,
+    space: Annotated[Path, typer.Option("--space", metavar="FILE", help="Search space: dotted paths into the configuration.")],
+    settings: Settings = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials, instead of what the space says.")] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE", help="Where the best values go, as an overlay for train.")
+    ] = None,
+) -> None:
+    """Search over any values of the configuration with Ray Tune, print the table, write the best as an overlay.
+
+    Example:
+
+      rayfunnel tune  -c configs/movielens.yaml --space configs/tune/movielens.yaml --write best.yaml
+
+      rayfunnel train -c configs/movielens.yaml -c best.yaml
+    """
+    from cluster import pipeline
+
+    pipeline.tune(load(config, settings), space, out, trials=trials, write=write)
+
+
+@app.command(rich_help_panel=MODEL)
+def evaluate(
+    config: ConfigFiles,
+    settings: Settings = None,
+    *,
+    protocol: Annotated[
+        Literal["next_item", "top_n", "time", "ncf", "ctr"] | None,
+        typer.Option(help="How to judge, instead of what the configuration says."),
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Rows to report, by comma: item_cf,popular,merged,coarse,fine,funnel")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as one HTML page.")] = None,
+) -> None:
+    """An honest offline report: every channel, every stage and the whole funnel on the same held-out events.
+
+    Example: rayfunnel evaluate -c configs/movielens.yaml --protocol next_item --json report.json
+    """
+    from cluster import pipeline
+
+    names = [name.strip() for name in models.split(",") if name.strip()] if models else None
+    pipeline.evaluate(load(config, settings), out, protocol=protocol, models=names, json=json, html=html)
+
+
+@app.command(rich_help_panel=MODEL)
+def recommend(
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="Ids of users; one that nobody knows gets what is popular.")],
+    config: ConfigFiles,
+    settings: Settings = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Items per user.")] = 10,
+    version: Annotated[str, typer.Option("--version", help="Alias, name or number of a version.")] = "production",
+) -> None:
+    """The page that a promoted version gives, computed here, without a service.
+
+    Example: rayfunnel recommend -c configs/movielens.yaml 196 nobody -k 5
+    """
+    from cluster import pipeline
+
+    pipeline.recommend(load(config, settings), users, out, k=k, version=version)
+
+
+# Versions.
+
+
+@app.command(rich_help_panel=REGISTRY)
+def publish(
+    config: ConfigFiles,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="FOLDER", help="A bundle from elsewhere. Default: the newest training.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Put a trained bundle into the registry as its next version, whole or not at all.
+
+    Example: rayfunnel publish -c configs/movielens.yaml --folder /mnt/other/registry/bundles/v000007-0a1b2c3d
+    """
+    loaded = load(config, settings)
+    if folder is None:
+        from cluster import pipeline
+
+        version = pipeline.publish(loaded, out)
+    else:
+        version = registry(loaded).publish(folder)
+    out.print(f"Published [bold]{version}[/]. Put it to work: rayfunnel promote {version}")
+
+
+@app.command(rich_help_panel=REGISTRY)
+def promote(
+    config: ConfigFiles,
+    version: Annotated[str, typer.Argument(help="latest, a number, or the name of a version or its beginning.")] = "latest",
+    settings: Settings = None,
+    canary: Annotated[bool, typer.Option("--canary", help="Make it the canary instead of production.")] = False,
+) -> None:
+    """Verify a version and make it production. A running service takes it up within seconds.
+
+    Examples: rayfunnel promote -c configs/movielens.yaml, or with a version: rayfunnel promote -c configs/movielens.yaml 3
+    """
+    alias: Literal["canary", "production"] = "canary" if canary else "production"
+    out.print(f"[bold]{registry(load(config, settings)).promote(version, alias=alias)}[/] is {alias}")
+
+
+@app.command(rich_help_panel=REGISTRY)
+def rollback(config: ConfigFiles, settings: Settings = None) -> None:
+    """Make the previous version production again. A second rollback goes forward.
+
+    Example: rayfunnel rollback -c configs/movielens.yaml
+    """
+    out.print(f"[bold]{registry(load(config, settings)).rollback()}[/] is production again")
+
+
+@app.command(rich_help_panel=REGISTRY)
+def versions(config: ConfigFiles, settings: Settings = None) -> None:
+    """List what is published, newest first, with aliases and measured quality.
+
+    Example: rayfunnel versions -c configs/movielens.yaml
+    """
+    held = registry(load(config, settings))
+    found = held.list()
+    if not found:
+        out.print(f"No version in {held.root} yet. Publish one: rayfunnel train")
+        return
+    names = list(dict.fromkeys(name for listed in found for name, value in listed.manifest.metrics.items() if isinstance(value, float)))[:4]
+    table = Table("version", "is", "created", "MB", *names, header_style="bold")
+    for listed in found:
+        metrics = [f"{value:.4f}" if isinstance(value := listed.manifest.metrics.get(name), float) else "" for name in names]
+        table.add_row(listed.version, ", ".join(listed.aliases), listed.manifest.created, f"{listed.bytes / 1e6:.1f}", *metrics)
+    out.print(table)
+
+
+# Configuration.
+
+
+@config_app.command("check")
+def config_check(config: ConfigFiles, settings: Settings = None) -> None:
+    """Name every fault at once: file, line, key, value, what was expected, the nearest valid name. Exit code 2 if any.
+
+    Example: rayfunnel config check -c mine.yaml
+    """
+    from recsys.config import read
+
+    loaded = read(config, settings or ())
+    if not loaded.faults:
+        out.print(f"{', '.join(str(file) for file in config)}: no faults.")
+        return
+    table = Table("where", "key", "value", "fault", "did you mean", header_style="bold")
+    for fault in loaded.faults:
+        table.add_row(
+            *(escape(text) for text in (str(fault.origin), fault.path.rstrip(":"), fault.shown, fault.sentence, fault.hint or ""))
+        )
+    err.print(table)
+    err.print(f"[red]{len(loaded.faults)} fault{'s' if len(loaded.faults) > 1 else ''}.[/] Every key is explained in configs/base.yaml.")
+    raise typer.Exit(2)
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFiles,
+    settings: Settings = None,
+    origins: Annotated[bool, typer.Option("--origins", help="Say beside each value which file and line it comes from.")] = False,
+    documented: Annotated[bool, typer.Option("--documented", help="Explain every key in a comment.")] = False,
+) -> None:
+    """Print what all files and settings add up to, as YAML that can be used as a file. Passwords are masked.
+
+    Example: rayfunnel config show -c configs/movielens.yaml --origins
+    """
+    from recsys import config_manual
+    from recsys.config import read
+
+    loaded = read(config, settings or ())
+    if loaded.config is None:
+        raise ConfigError([str(fault) for fault in loaded.faults])
+    where = {path: str(origin) for path, origin in loaded.tree.leaves()} if origins else None
+    out.print(
+        config_manual.document(loaded.config, comments=documented, origins=where), markup=False, highlight=False, soft_wrap=True, end=""
+    )
+
+
+# Shared by all commands, here and in deployments.
+
+
+def load(files: Sequence[Path], settings: Sequence[str] | None) -> Config:
+    """The configuration of a command. Inside a submitted job, a relative workdir is refused."""
+    from cluster.runtime import refuse_relative_workdir
+    from recsys.config import load as load_files
+
+    config = load_files(files, settings or ())
+    refuse_relative_workdir(config.workdir)
+    return config
+
+
+def registry(config: Config) -> Registry:
+    """The registry of a configuration."""
+    from cluster.registry import open_registry
+
+    return open_registry(config.place("registry"))
+
+
+def say(error: RayfunnelError) -> None:
+    """The error's sentences in red on stderr."""
+    # Ray hands a worker's error on with the worker's traceback in its text; `cause` is the error itself.
+    cause = getattr(error, "cause", None)
+    told = cause if isinstance(cause, RayfunnelError) else error
+    if isinstance(told, ConfigError) and len(told.faults) > 1:
+        err.print(f"[red]The configuration has {len(told.faults)} faults:[/]")
+        for fault in told.faults:
+            err.print(f"[red]- {escape(fault)}[/]", highlight=False, soft_wrap=True)
+    else:
+        err.print(f"[red]{escape(str(told))}[/]", highlight=False, soft_wrap=True)
+
+
+class _Masked(logging.Filter):
+    """No password of a URL reaches the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from recsys.config_faults import redact
+
+        record.msg, record.args = redact(record.getMessage()), None
+        return True
+
+
+def _log_to_terminal(level: int) -> None:
+    """Our own packages' log at `level`, everybody else's from warnings on."""
+    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False, rich_tracebacks=False)
+    handler.addFilter(_Masked())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    for package in ("recsys", "cluster", "deployments"):
+        logging.getLogger(package).setLevel(level)
+
+
+def main() -> NoReturn:
+    """Entry point of `python -m cluster`."""
+    app()
+    sys.exit(0)

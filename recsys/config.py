@@ -1,0 +1,328 @@
+"""The whole configuration: every part's section under one name, and how a file becomes it.
+
+A section's class stands above the code that it configures; here they are only put together, and checked against each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, PrivateAttr, field_serializer, field_validator
+
+from recsys.config_faults import Fault, nearest, redact
+from recsys.config_file import Loaded, read_as
+from recsys.config_manual import template
+from recsys.core import FrozenConfig
+from recsys.data.columns import ColumnConfig
+from recsys.data.sources import DataConfig, InteractionsConfig, LabelConfig, TableConfig
+from recsys.data.sources import HistoryConfig as DataHistoryConfig
+from recsys.data.split import SplitConfig
+from recsys.errors import ConfigError
+from recsys.evidence import EVIDENCE
+from recsys.features.schema import FeaturesConfig, HistoryConfig
+from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
+from recsys.models.two_tower import TwoTowerConfig
+from recsys.recall.merge import MergeConfig
+from recsys.recall.neighbors import ItemCFConfig
+from recsys.recall.popular import PopularConfig
+from recsys.recall.realtime import RealtimeConfig
+from recsys.recall.vector import VectorConfig
+from recsys.rerank.diversity import MMRConfig
+from recsys.serve_config import ServeConfig
+from recsys.training import TrainingConfig
+
+ChannelConfig = Annotated[ItemCFConfig | PopularConfig | RealtimeConfig | VectorConfig, Field(discriminator="type")]
+CHANNELS = ("item_cf", "popular", "realtime", "two_tower")
+RankerConfig = Annotated[DeepFMConfig | LogisticRegressionConfig, Field(discriminator="type")]
+Protocol = Literal["next_item", "top_n", "time", "ncf", "ctr"]
+PLACES = {"history": "features.history"}
+"""Short names of sections, and where they live."""
+
+
+class ExamplesConfig(FrozenConfig):
+    """Which moments and which negatives the rankers learn from."""
+
+    window_events: PositiveInt = 5
+    """Leave-one-out splits: the last so many training positives of each user are the fine ranker's window."""
+    window_share: float = Field(default=0.15, gt=0, lt=1)
+    """Other splits: the newest share of the training log is the fine ranker's window."""
+    recalled: NonNegativeInt = 40
+    """Negatives per positive, drawn from the funnel's own candidates of that moment: what the stage will have to tell apart."""
+    exposed: bool = True
+    """Also learn from what was shown and passed over, where the log has impressions."""
+    uniform: NonNegativeInt = 0
+    """Negatives per positive drawn uniformly from the catalogue."""
+    popularity: NonNegativeInt = 0
+    """Negatives per positive drawn in proportion to how often an item is a positive."""
+    max_moments: PositiveInt = 60_000
+    """At most so many moments of the window are used, drawn at random."""
+
+
+def _default_channels() -> dict[str, ChannelConfig]:
+    return {"two_tower": VectorConfig(), "item_cf": ItemCFConfig(), "realtime": RealtimeConfig(), "popular": PopularConfig()}
+
+
+class RecallConfig(FrozenConfig):
+    """Which channels find candidates, and how their lists become one."""
+
+    channels: dict[str, ChannelConfig] = Field(default_factory=_default_channels)
+    """Name -> channel. The name is used in reports and in an item's `sources`; where it is a type, `type` may be left out.
+    null takes a channel away that a file below this one brought."""
+    merge: MergeConfig = MergeConfig()
+    """How the channels' lists become one."""
+    exclude_seen: bool = True
+    """Never recommend what the user has in the log already."""
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _named_by_type(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        kept = {name: channel for name, channel in given.items() if channel is not None}
+        return {
+            name: {"type": name, **channel} if name in CHANNELS and isinstance(channel, Mapping) and "type" not in channel else channel
+            for name, channel in kept.items()
+        }
+
+    @field_validator("channels")
+    @classmethod
+    def _at_least_one(cls, channels: dict[str, ChannelConfig]) -> dict[str, ChannelConfig]:
+        if not channels:
+            raise ValueError(f"needs at least one channel: {', '.join(CHANNELS)}")
+        return channels
+
+
+class TwoTowerSection(FrozenConfig):
+    """The two-tower model: recall by vectors, and the coarse rank."""
+
+    model: TwoTowerConfig = TwoTowerConfig()
+    """What it is made of."""
+    features: tuple[str, ...] | None = None
+    """Names of the features it sees. null: all of users, items and context."""
+    training: TrainingConfig = TrainingConfig()
+    """How it learns."""
+    refit: bool = True
+    """Fit it anew on everything, for as many epochs as were best, before publishing. Off: it never sees the newest events."""
+
+
+class CoarseRankConfig(FrozenConfig):
+    """The first cut of the merged candidates, by two-tower dot product."""
+
+    keep: PositiveInt = 300
+    """Candidates that go on to the fine rank."""
+
+
+class FineRankConfig(FrozenConfig):
+    """The ranker that sees every feature."""
+
+    model: RankerConfig = DeepFMConfig()
+    """What scores a pair of user and item."""
+    features: tuple[str, ...] | None = None
+    """Names of the features it sees. null: all, with every channel's score and rank."""
+    keep: PositiveInt = 100
+    """Candidates that go on to the re-rank."""
+    training: TrainingConfig = TrainingConfig()
+    """How it learns."""
+
+
+class EvaluateConfig(FrozenConfig):
+    """The offline report."""
+
+    protocol: Protocol | None = None
+    """next_item, top_n, time, ncf or ctr. null: the one that fits the split (leave-one-out: next_item, by time: time, else top_n)."""
+    ks: tuple[PositiveInt, ...] = (5, 10, 20)
+    """Lengths of list that metrics are taken at."""
+    max_users: PositiveInt | None = None
+    """Users judged at most, drawn at random. null: all."""
+    negatives: PositiveInt = 99
+    """Protocol ncf: items that the positive stands against."""
+
+
+class Config(FrozenConfig):
+    """One recommender, from its log to its HTTP address."""
+
+    name: str = Field(default="recommender", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of this recommender; letters, digits, dot, dash and underscore."""
+    seed: NonNegativeInt = 1
+    """Of everything drawn at random: equal seeds give equal bundles."""
+    workdir: str | None = None
+    """Folder or URI of all state: data, examples, runs, registry, events, store. null: ./.rayfunnel/<name>."""
+    registry: str | None = Field(default=None, repr=False)
+    """Folder or URI of the published bundles. null: registry under workdir."""
+    redis_url: str | None = Field(default=None, repr=False)
+    """Redis or Valkey of the feature store, such as rediss://:${REDIS_PASSWORD}@host:6379/0. null: an embedded Valkey."""
+    fetch: Literal["ml-100k", "kuairand"] | None = None
+    """A public data set to bring before anything else. `{data}` in a path of the data section is the folder it lies in."""
+    data: DataConfig
+    """The log of events, and what is known of users and items."""
+    split: SplitConfig = SplitConfig()
+    """What is held out to tune on and to judge by."""
+    features: FeaturesConfig = FeaturesConfig()
+    """How columns become inputs of models."""
+    examples: ExamplesConfig = ExamplesConfig()
+    """What the rankers learn from."""
+    recall: RecallConfig = RecallConfig()
+    """Stage 1: a few thousand candidates out of the catalogue."""
+    two_tower: TwoTowerSection = TwoTowerSection()
+    """The model of the channel two_tower and of the coarse rank."""
+    coarse_rank: CoarseRankConfig = CoarseRankConfig()
+    """Stage 2."""
+    fine_rank: FineRankConfig = FineRankConfig()
+    """Stage 3."""
+    rerank: MMRConfig = MMRConfig()
+    """Stage 4: the page as a whole."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How the report is made."""
+    serve: ServeConfig = ServeConfig()
+    """The live service."""
+
+    _base: Path = PrivateAttr(default_factory=Path)
+
+    @field_serializer("redis_url", "registry", when_used="json")
+    def _masked(self, value: str | None) -> str | None:
+        return redact(value) if value else value
+
+    @property
+    def history(self) -> HistoryConfig:
+        """Which events enter a user's history, and how many."""
+        return self.features.history
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths of the data section start from: that of the file they were written in."""
+        return self._base
+
+    @property
+    def root(self) -> str:
+        """The workdir: an absolute path, or a URI."""
+        workdir = self.workdir or f".rayfunnel/{self.name}"
+        return workdir.rstrip("/") if "://" in workdir else str(Path(workdir).expanduser().absolute())
+
+    def place(self, part: Literal["data", "examples", "runs", "registry", "events", "store"]) -> str:
+        """Where one part of the state lives: an absolute path, or a URI."""
+        if part == "registry" and self.registry is not None:
+            return self.registry if "://" in self.registry else str(Path(self.registry).expanduser().absolute())
+        return f"{self.root}/{part}"
+
+    def sources(self, fetched: Path | None = None) -> DataConfig:
+        """The data section with `{data}` in its strings replaced by the folder of the fetched data set."""
+        return DataConfig.model_validate(_filled(written(self.data), str(fetched))) if fetched is not None else self.data
+
+    def document(self) -> dict[str, Any]:
+        """What a bundle keeps of this: JSON-able, passwords masked, and `Config.model_validate` reads it back."""
+        found: dict[str, Any] = json.loads(json.dumps(written(self), default=str))
+        for name in ("redis_url", "registry"):
+            if isinstance(found.get(name), str):
+                found[name] = redact(found[name])
+        return found
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """(dotted path, sentence) of each pair of sections that do not fit together."""
+        if self.fine_rank.keep > self.coarse_rank.keep:
+            yield "fine_rank.keep", f"is {self.fine_rank.keep}, more than the {self.coarse_rank.keep} that coarse_rank.keep lets through"
+        if self.coarse_rank.keep > self.recall.merge.limit:
+            yield (
+                "coarse_rank.keep",
+                f"is {self.coarse_rank.keep}, more than the {self.recall.merge.limit} that recall.merge.limit lets through",
+            )
+        for part in ("quotas", "weights", "minimum_share"):
+            for name in getattr(self.recall.merge, part):
+                if name not in self.recall.channels:
+                    yield f"recall.merge.{part}.{name}", f"names no channel; channels are {', '.join(self.recall.channels)}"
+        items = self.data.items.columns if self.data.items is not None else {}
+        for index, cap in enumerate(self.rerank.caps):
+            if cap.column not in {"item_id", *items}:
+                yield (
+                    f"rerank.caps.{index}.column",
+                    f"names '{cap.column}', which no item column declares; known: {', '.join(items) or 'none'}",
+                )
+        known = self._feature_names()
+        for section, names in (("two_tower", self.two_tower.features), ("fine_rank", self.fine_rank.features)):
+            for name in names or ():
+                if name not in known:
+                    near = nearest(name, known)
+                    meant = f"did you mean '{near}'?" if near else f"known: {', '.join(known)}"
+                    yield f"{section}.features", f"uses feature '{name}', which no column declares; {meant}"
+
+    def _feature_names(self) -> list[str]:
+        tables = (self.data.users, self.data.items)
+        declared = [name for table in tables if table is not None for name in table.columns]
+        return ["user_id", "item_id", "history", "recent", *declared, *self.data.interactions.context]
+
+
+def _filled(value: Any, folder: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(child, folder) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_filled(child, folder) for child in value]
+    return value.replace("{data}", folder) if isinstance(value, str) else value
+
+
+def written(model: BaseModel) -> dict[str, Any]:
+    """The values that were given, and every `type`: what is left out keeps meaning the default when it is read again."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return written(value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(child) for key, child in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [plain(child) for child in value]
+        return value
+
+    given = model.model_fields_set | ({"type"} & type(model).model_fields.keys())
+    return {info.alias or name: plain(getattr(model, name)) for name, info in type(model).model_fields.items() if name in given}
+
+
+def manual() -> str:
+    """`configs/base.yaml`: every key with its default and its documentation; the data section as an example to take over."""
+    number = ColumnConfig.model_construct(kind="number")
+    example = DataConfig.model_construct(
+        interactions=InteractionsConfig.model_construct(path="log.csv", user="user_id", item="item_id", time="time"),
+        labels={"click": LabelConfig.model_construct(column="is_click")},
+        items=TableConfig.model_construct(path="items.csv", id="item_id", columns={"price": number}),
+        users=TableConfig.model_construct(path="users.csv", id="user_id", columns={"age": number}),
+        history=DataHistoryConfig.model_construct(path="before.parquet"),
+    )
+    return MANUAL_HEADER + template(Config.model_construct(data=example), "data")
+
+
+MANUAL_HEADER = """\
+# Every key with its default and what it does. A configuration of your own says `extends: base.yaml` and only what differs.
+# Nothing here needs to be repeated: a mapping is merged key by key, anything else replaces; null takes a default away.
+#
+# extends: path of one file, relative to the file that says so.
+# ${NAME} and ${NAME:-default} take a value from the environment; for passwords.
+# --set dotted.path=value, on the command line, goes over all files.
+#
+# This file is written by `python -m recsys.config`, from the documentation of the classes that read it.
+
+"""
+
+
+def read(files: Sequence[Path], settings: Sequence[str] = ()) -> Loaded[Config]:
+    """The configuration of these files (later ones win) and `path=value` settings, or every fault in it."""
+    loaded = read_as(Config, files, settings, places=PLACES, as_written=("data",))
+    if loaded.config is None:
+        return loaded
+    found = [Fault(loaded.tree.at(path.split(".")), path, sentence) for path, sentence in loaded.config.contradictions()]
+    config = loaded.config
+    written_in = Path(loaded.tree.at(("data", "interactions")).file)
+    config._base = written_in.parent.absolute() if written_in.is_file() else Path.cwd()
+    return Loaded(None if found else config, (*loaded.faults, *found), loaded.tree)
+
+
+def load(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
+    """The configuration of these files and settings. ConfigError with all faults at once."""
+    loaded = read(files, settings)
+    if loaded.config is None or loaded.faults:
+        raise ConfigError([str(fault) for fault in loaded.faults])
+    return loaded.config
+
+
+if __name__ == "__main__":
+    sys.stdout.write(manual())
