@@ -103,8 +103,8 @@ def to_seconds(column: pa.ChunkedArray, unit: TimeUnit, *, name: str) -> np.ndar
 def _iso_seconds(column: pa.ChunkedArray) -> np.ndarray:
     texts = pd.Series(decoded(column).to_pandas())
     stamps = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
-    seconds: np.ndarray = (stamps - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy(np.float64)
-    return seconds
+    micros = stamps.dt.tz_localize(None).to_numpy("datetime64[us]")
+    return np.where(np.isnat(micros), np.nan, micros.astype(np.int64) / 1e6)
 
 
 def check_unit(numbers: np.ndarray, unit: TimeUnit, *, name: str) -> None:

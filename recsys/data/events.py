@@ -57,16 +57,18 @@ def load(config: DataConfig, base: Path, *, keep: Sequence[str] = (), now: float
     item_ids = _vocabulary(events.item, items, past.items if past else None)
     log, has_time = raw.table.take(pa.array(events.order)), raw.columns.time is not None
     user = user_ids.log[events.user.codes]
+    labels = _labels(log, config, events)
+    event, event_names = _told_apart(events, labels[POSITIVE], config)
     interactions = Interactions(
         users=user_ids.vocabulary,
         items=item_ids.vocabulary,
         user=user,
         item=item_ids.log[events.item.codes],
         time=events.time,
-        event=events.event,
-        event_names=events.event_names,
+        event=event,
+        event_names=event_names,
         value=events.value,
-        labels=_labels(log, config, events),
+        labels=labels,
         context=_context(log, config.interactions, keep),
         session=_session(log, config.interactions, user, events.time, has_time=has_time),
         has_time=has_time,
@@ -116,6 +118,15 @@ def _labels(log: pa.Table, config: DataConfig, events: Events) -> dict[str, np.n
         shown = np.array([name == IMPRESSION for name in events.event_names])[events.event]
         first = (~shown).astype(np.float32)
     return {**labels, POSITIVE: first}
+
+
+def _told_apart(events: Events, positive: np.ndarray, config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Event codes and names. Where a log of impressions names no events, its rows are clicks (or what the default is) and impressions."""
+    name = events.event_names[0]
+    if not config.impressions or config.interactions.event.column is not None or name == IMPRESSION:
+        return events.event, events.event_names
+    names = tuple(sorted((name, IMPRESSION)))
+    return np.where(positive > 0, names.index(name), names.index(IMPRESSION)).astype(np.int8), names
 
 
 def _context(log: pa.Table, config: InteractionsConfig, keep: Sequence[str]) -> dict[str, np.ndarray]:

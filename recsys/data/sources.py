@@ -25,7 +25,7 @@ class EventConfig(FrozenConfig):
     column: str | None = None
     """Column with the event type: view, click, like, share, purchase, rating, impression or a name of your own."""
     default: str = "click"
-    """Event type of rows that have none."""
+    """Event type of rows that have none. In a log of impressions without `column`, rows that are no positive are impressions."""
 
 
 class LabelConfig(FrozenConfig):

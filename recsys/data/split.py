@@ -248,10 +248,10 @@ def counts(n: np.ndarray, ratio: tuple[float, float, float]) -> tuple[np.ndarray
 
 def _by_random(config: SplitConfig, interactions: Interactions) -> Split:
     E = len(interactions)
-    key = np.random.default_rng(config.seed).permutation(E)
+    shuffled = np.random.default_rng(config.seed).permutation(E)
     user = interactions.user if config.per_user else np.zeros(E, np.int32)
-    order = np.lexsort((key, user))  # shuffled within each user
-    indptr, _ = group(user, int(user.max(initial=0)) + 1)
+    indptr, within = group(user[shuffled], int(user.max(initial=0)) + 1)
+    order = shuffled[within]  # by user, shuffled within each
     n = np.diff(indptr)
     n_valid, n_test = counts(n, config.ratio)
     rank = np.empty(E, np.int64)

@@ -1,0 +1,56 @@
+"""The KuaiRand slice by configuration alone (skipped where the data is not at hand)."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from recsys.data.events import Dataset, load
+from recsys.data.sources import DataConfig
+from recsys.data.split import SplitConfig
+
+FOLDER = Path(os.environ.get("KUAIRAND_DIR") or Path(__file__).parents[3] / "shared/data/kuairand_pure").absolute()
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the KuaiRand slice is not in {FOLDER}; set KUAIRAND_DIR")
+
+CONFIG = """
+interactions: {path: log_20220425_20220506.parquet, format: kuairand, context: {tab: category, hour: {kind: hour, timezone: Asia/Shanghai}}}
+labels: {click: {column: is_click}, long_view: {column: long_view}, like: {column: is_like}}
+impressions: true
+items:
+  path: video_features_basic_pure.parquet
+  format: kuairand
+  columns: {author: {kind: id, column: author_id}, tag: {kind: tags, separator: ","}, duration: {kind: number, column: video_duration, scale: log}}
+users: {path: user_features_pure.parquet, format: kuairand, columns: {active: {kind: category, column: user_active_degree}}}
+history: {path: history_before_20220425.parquet, user: user_id, items: watch_seq}
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return load(DataConfig.model_validate(yaml.safe_load(CONFIG)), FOLDER, keep=("date",))
+
+
+def test_rows_are_accounted_for(dataset):
+    assert dataset.account.rows() == [("rows read", 198_895), ("dropped: duplicate", 5_312), ("kept", 193_583)]
+
+
+def test_every_user_and_video_of_the_tables_has_a_row(dataset):
+    log = dataset.interactions
+    assert (log.n_users, log.n_items) == (27_285, 7_583)
+    assert (len(dataset.users), len(dataset.items)) == (27_285, 7_583)
+    assert dataset.users["active"].notna().all()
+    assert log.labels["click"].mean() == pytest.approx(0.44925, abs=1e-5)
+    assert (np.diff(log.past.indptr) > 0).sum() > 26_000
+    assert np.diff(log.past.indptr).max() == 50
+
+
+def test_the_test_days_hold_the_rows_of_the_protocol_and_train_holds_nothing_later(dataset):
+    log = dataset.interactions
+    split = SplitConfig(column="date", valid_from=20220504, test_from=20220505).split(log)
+    assert split.test.sum() == 26_651
+    # 765 and 150 rows carry the earlier date at a later time: the log's days turn over before midnight.
+    assert (split.train.sum(), split.valid.sum()) == (149_732 - 765, 17_200 - 150)
+    assert log.time[split.train].max() < log.time[split.valid].min()
+    assert log.time[split.valid].max() < log.time[split.test].min()
