@@ -201,8 +201,8 @@ def test_parts_may_not_overlap_and_must_fit_the_log():
     [
         (
             SplitConfig(),
-            made([0, 0, 0], [5, 5, 5]),
-            "split by time: train is empty (train 0, valid 0, test 3). The log has 3 rows from 1970-01-01T00:00:05Z",
+            made([0] * 10, [5] * 10),
+            "split by time: train is empty (train 0, valid 0, test 10). The log has 10 rows from 1970-01-01T00:00:05Z",
         ),
         (SplitConfig(valid_from=50, test_from=60), made([0, 0], [5, 6]), "test is empty"),
         (SplitConfig(by="leave_one_out"), made([0, 0], [5, 6]), "split by leave_one_out: test is empty"),
