@@ -101,9 +101,9 @@ def data_fetch(config: ConfigFiles, settings: Settings = None) -> None:
 
     Example: rayfunnel data fetch -c configs/movielens.yaml
     """
-    from cluster import pipeline
+    from cluster import data_report
 
-    pipeline.fetch(load(config, settings), out)
+    data_report.fetch(load(config, settings), out)
 
 
 @data_app.command("validate")

@@ -6,6 +6,7 @@ A section's class stands above the code that it configures; here they are only p
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ class Config(FrozenConfig):
     """Folder or URI of the published bundles. null: registry under workdir."""
     redis_url: str | None = Field(default=None, repr=False)
     """Redis or Valkey of the feature store, such as rediss://:${REDIS_PASSWORD}@host:6379/0. null: an embedded Valkey."""
-    fetch: Literal["ml-100k", "kuairand"] | None = None
+    fetch: Literal["ml-100k"] | None = None
     """A public data set to bring before anything else. `{data}` in a path of the data section is the folder it lies in."""
     data: DataConfig
     """The log of events, and what is known of users and items."""
@@ -208,9 +209,13 @@ class Config(FrozenConfig):
             return self.registry if "://" in self.registry else str(Path(self.registry).expanduser().absolute())
         return f"{self.root}/{part}"
 
-    def sources(self, fetched: Path | None = None) -> DataConfig:
-        """The data section with `{data}` in its strings replaced by the folder of the fetched data set."""
-        return DataConfig.model_validate(_filled(written(self.data), str(fetched))) if fetched is not None else self.data
+    @property
+    def fetched(self) -> Path | None:
+        """Where `fetch` lies: in the workdir, or in the user's cache where the workdir is a URI."""
+        if self.fetch is None:
+            return None
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayfunnel" / "data"
+        return (cache if "://" in self.root else Path(self.place("data"))) / self.fetch
 
     def document(self) -> dict[str, Any]:
         """What a bundle keeps of this: JSON-able, passwords masked, and `Config.model_validate` reads it back."""
@@ -251,11 +256,12 @@ class Config(FrozenConfig):
     def _feature_names(self) -> list[str]:
         tables = (self.data.users, self.data.items)
         declared = [name for table in tables if table is not None for name in table.columns]
-        return ["user_id", "item_id", "history", "recent", *declared, *self.data.interactions.context]
+        return ["user_id", "item_id", "history", "recent", EVIDENCE, *declared, *self.data.interactions.context]
 
 
 def _filled(value: Any, folder: str) -> Any:
-    if isinstance(value, dict):
+    """`{data}` in every string replaced by the folder."""
+    if isinstance(value, Mapping):
         return {key: _filled(child, folder) for key, child in value.items()}
     if isinstance(value, list):
         return [_filled(child, folder) for child in value]
@@ -311,6 +317,8 @@ def read(files: Sequence[Path], settings: Sequence[str] = ()) -> Loaded[Config]:
         return loaded
     found = [Fault(loaded.tree.at(path.split(".")), path, sentence) for path, sentence in loaded.config.contradictions()]
     config = loaded.config
+    if config.fetched is not None:
+        config = config.model_copy(update={"data": DataConfig.model_validate(_filled(written(config.data), str(config.fetched)))})
     written_in = Path(loaded.tree.at(("data", "interactions")).file)
     config._base = written_in.parent.absolute() if written_in.is_file() else Path.cwd()
     return Loaded(None if found else config, (*loaded.faults, *found), loaded.tree)
