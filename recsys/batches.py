@@ -53,6 +53,13 @@ class Batch:
     def __len__(self) -> int:
         return int(self.dense.shape[0])
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device; itself where it is there already."""
+        if self.dense.device == device:
+            return self
+        ids = FieldIds({k: v.to(device) for k, v in self.ids.items()})
+        return Batch(ids, self.dense.to(device), {k: v.to(device) for k, v in self.columns.items()}, self.negatives, self.real)
+
     @classmethod
     def of(cls, fields: Sequence[Field], arrays: Mapping[str, np.ndarray]) -> Self:
         """A batch of the `fields` present in `arrays` (encoded; dense as (B,) or (B, W))."""

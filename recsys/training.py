@@ -28,6 +28,7 @@ from recsys.validation import validate
 from recsys.workers import Alone, Workers
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 EPSILON = 1e-8
 """Added to the root in Adagrad, in every implementation alike."""
 
@@ -91,7 +92,11 @@ class Progress:
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
     best_metric: float = -math.inf
-    finished: bool = False
+
+    def finished(self, config: TrainingConfig) -> bool:
+        """Whether the epochs or the patience are spent; a run resumed with more of them goes on."""
+        judged = bool(self.epochs) and len(self.epochs[-1]) > 2  # an entry without metrics has "epoch" and "loss" alone
+        return self.epoch >= config.epochs or bool(config.patience and judged and self.epoch - self.best_epoch > config.patience)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ def fit(
     snapshots: Snapshots,
     workers: Workers | None = None,
     progress: Callable[[Report], None] | None = None,
+    device: torch.device = CPU,
 ) -> Fitted:
     """Train until the epochs or the patience end; the model then holds the best epoch's weights.
 
@@ -158,9 +164,9 @@ def fit(
     """
     if not examples.rows["train"]:
         raise TrainingError(f"'{examples.folder}' holds no training rows. Check the split and the labels, then run `prepare` again.")
-    run = _Run(model, examples, config, forward, optimizers, snapshots, workers or Alone(), progress)
+    run = _Run(model, examples, config, forward, optimizers, snapshots, workers or Alone(), progress, device)
     state = snapshots.resume() or Progress()
-    while not state.finished:
+    while not state.finished(config):
         run.epoch(state)
     if state.best_epoch >= 0:
         snapshots.restore_best()
@@ -178,21 +184,20 @@ class _Run:
     snapshots: Snapshots
     workers: Workers
     progress: Callable[[Report], None] | None
+    device: torch.device
     began: float = field(default_factory=time.perf_counter)
 
     def epoch(self, state: Progress) -> None:
         """From state.step to the end of the epoch, then validation, bookkeeping and a snapshot."""
-        c, steps = self.config, self.examples.steps(self.config.batch_size)
+        steps = self.examples.steps(self.config.batch_size)
         self._train(state, steps)
         losses = self.workers.sum(torch.tensor(state.losses, dtype=torch.float64)) / self.workers.size
         self.model.eval()
-        found = validate(self.forward, self.model, self.examples, self.workers)
+        found = validate(lambda batch: self.forward(batch.to(self.device)), self.model, self.examples, self.workers)
         state.epochs.append({"epoch": float(state.epoch), "loss": float(losses.mean()), **found})
         best = self._judge(state, found)
-        patient = not c.patience or state.epoch - state.best_epoch < c.patience or not found
         self._report(state, steps, float(losses.mean()), 0.0, found)
         state.epoch, state.step, state.losses = state.epoch + 1, 0, []
-        state.finished = state.epoch >= c.epochs or not patient
         self.snapshots.save(state, best=best)
 
     def _train(self, state: Progress, steps: int) -> None:
@@ -212,7 +217,7 @@ class _Run:
         reported, at = time.perf_counter(), state.step
         for batch in batches:
             torch.manual_seed(hash((c.seed, state.epoch, state.step, self.workers.rank)) & 0x7FFFFFFF)  # dropout, also after a resume
-            state.losses.append(self._step(batch, state))
+            state.losses.append(self._step(batch.to(self.device), state))
             state.step += 1
             if state.step % c.report_every_steps == 0 or state.step == steps:
                 now = time.perf_counter()

@@ -36,7 +36,7 @@ def _ranker(forward: Forward, model: Any, examples: Examples, workers: Workers) 
     """auc, gauc (rows grouped by user), logloss, and moment_auc (rows grouped by moment) where the rows say their moment."""
     logits, columns = [], []
     for batch in examples.valid_batches(ROWS, rank=workers.rank, size=workers.size):
-        logits.append(forward(batch).logit)
+        logits.append(forward(batch).logit.cpu())
         columns.append(batch.columns)
     total = examples.rows["valid"]
     score = _gathered(logits, workers, total).astype(np.float64)
@@ -50,7 +50,7 @@ def _ranker(forward: Forward, model: Any, examples: Examples, workers: Workers) 
 
 def _gathered(parts: list[Tensor], workers: Workers, total: int) -> np.ndarray:
     """This and every other worker's share in the order of rows, without the padding at the end."""
-    rows: np.ndarray = workers.gather_rows(torch.cat(parts)).numpy()[:total]
+    rows: np.ndarray = workers.gather_rows(torch.cat(parts)).cpu().numpy()[:total]
     return rows
 
 
@@ -62,7 +62,7 @@ def _two_tower(forward: Forward, model: Any, examples: Examples, workers: Worker
     )
     ranks = []
     for batch in examples.valid_batches(ROWS, rank=workers.rank, size=workers.size):
-        users = forward(batch).user
+        users = forward(batch).user.cpu()
         seen = batch.ids[history.name] if history is not None else None
         for at in range(0, len(users), 256):
             part = slice(at, at + 256)
@@ -97,7 +97,7 @@ def _catalogue(forward: Forward, examples: Examples, workers: Workers) -> Tensor
     share, parts = share_of(n, workers.size), []
     for start in range(0, share, ROWS):
         rows = np.minimum(workers.rank * share + np.arange(start, min(start + ROWS, share)), n - 1)
-        parts.append(forward(_item_batch(examples, rows)).item)
+        parts.append(forward(_item_batch(examples, rows)).item.cpu())
     return workers.gather_rows(torch.cat(parts))[:n]
 
 
