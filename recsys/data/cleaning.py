@@ -64,9 +64,12 @@ class Coded(NamedTuple):
     ids: list[str]
 
 
-def code_ids(column: pa.ChunkedArray) -> Coded:
-    """Ids as written -> codes of canonical ids. Empty, blank and NaN are missing."""
-    coded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
+def code_ids(column: pa.ChunkedArray, *, key: str = "") -> Coded:
+    """Ids as written -> codes of canonical ids. Empty, blank and NaN are missing. `key` names the column in an error."""
+    try:
+        coded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
+    except pa.ArrowNotImplementedError as fault:
+        raise DataError(f"{key}: the column holds {column.type}. Expected one id per row, as text or whole numbers.") from fault
     array = coded.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # no rows
         array = array.chunk(0) if array.num_chunks else pa.array([], pa.string()).dictionary_encode()
@@ -83,10 +86,17 @@ def code_ids(column: pa.ChunkedArray) -> Coded:
 
 def to_seconds(column: pa.ChunkedArray, unit: TimeUnit, *, name: str) -> np.ndarray:
     """(n,) float64 Unix seconds, NaN where a cell is no time. Text without a zone is UTC."""
-    if pa.types.is_temporal(column.type):
+    column = decoded(column)
+    if pa.types.is_null(column.type):
+        return np.full(len(column), np.nan)
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         # Microseconds of any year near ours are exact in a float64, nanoseconds are not.
         stamps = pc.cast(column, pa.timestamp("us", tz=getattr(column.type, "tz", None)), safe=False)
         return np.asarray(pc.cast(pc.cast(stamps, pa.int64()), pa.float64(), safe=False).to_numpy(), np.float64) / 1e6
+    if pa.types.is_temporal(column.type) or pa.types.is_nested(column.type):
+        raise DataError(
+            f"interactions.time: column '{name}' holds {column.type} such as {first_value(column)}. Expected a date with its time."
+        )
     if unit == "iso":
         if not is_text(column):
             raise DataError(f"interactions.time: column '{name}' holds numbers, but time_unit is iso. Declare time_unit: s or ms.")
@@ -101,7 +111,7 @@ def to_seconds(column: pa.ChunkedArray, unit: TimeUnit, *, name: str) -> np.ndar
 
 
 def _iso_seconds(column: pa.ChunkedArray) -> np.ndarray:
-    texts = pd.Series(decoded(column).to_pandas())
+    texts = pd.Series(column.to_pandas())
     stamps = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
     micros = stamps.dt.tz_localize(None).to_numpy("datetime64[us]")
     return np.where(np.isnat(micros), np.nan, micros.astype(np.int64) / 1e6)
@@ -145,8 +155,9 @@ def first_value(column: pa.ChunkedArray) -> str:
 
 def to_numbers(column: pa.ChunkedArray) -> np.ndarray:
     """(n,) float64, NaN where a cell is missing or no number."""
+    column = decoded(column)
     if is_text(column):
-        return np.asarray(pd.to_numeric(pd.Series(decoded(column).to_pandas()), errors="coerce"), np.float64)
+        return np.asarray(pd.to_numeric(pd.Series(column.to_pandas()), errors="coerce"), np.float64)
     if pa.types.is_null(column.type):
         return np.full(len(column), np.nan)
     return np.asarray(pc.cast(column, pa.float64(), safe=False).to_numpy(), np.float64)

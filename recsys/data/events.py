@@ -26,6 +26,7 @@ from recsys.data.log import Events, clean, read_log
 from recsys.data.paths import resolver
 from recsys.data.sources import IMPRESSION, DataConfig, InteractionsConfig
 from recsys.data.tables import Table, past_rows, read_history, read_table
+from recsys.errors import DataError
 
 __all__ = ["Account", "Dataset", "load"]
 
@@ -132,13 +133,17 @@ def _told_apart(events: Events, positive: np.ndarray, config: DataConfig) -> tup
 def _context(log: pa.Table, config: InteractionsConfig, keep: Sequence[str]) -> dict[str, np.ndarray]:
     """Declared context columns and those to keep, by name, as raw values (None or NaN where missing)."""
     sources = {name: column.source(name) for name, column in config.context.items() if column.kind not in FROM_TIME}
-    sources |= {name: name for name in keep if name not in sources}
+    for name in keep:
+        if sources.setdefault(name, name) != name:
+            raise DataError(
+                f"interactions.context.{name} reads column '{sources[name]}', but split.column means the column '{name}'. Rename the feature."
+            )
     return {name: raw_values(log[source]) for name, source in sources.items()}
 
 
 def raw_values(column: pa.ChunkedArray) -> np.ndarray:
     """(n,) values of a column; text as objects that are shared between equal rows."""
-    if pa.types.is_dictionary(column.type):
+    if cleaning.is_text(column):
         coded = cleaning.code_ids(column)
         return np.asarray(np.array([*coded.ids, None], object)[coded.codes])
     return np.asarray(column.to_numpy())
@@ -147,7 +152,7 @@ def raw_values(column: pa.ChunkedArray) -> np.ndarray:
 def _session(log: pa.Table, config: InteractionsConfig, user: np.ndarray, time: np.ndarray, *, has_time: bool) -> np.ndarray | None:
     """(E,) int32 visit numbers: the declared column per user, else runs of events without `session_gap_min` of silence."""
     if config.session is not None:
-        visit = cleaning.code_ids(log[config.session]).codes
+        visit = cleaning.code_ids(log[config.session], key="interactions.session").codes
         return pd.DataFrame({"user": user, "visit": visit}).groupby(["user", "visit"], sort=False).ngroup().to_numpy(np.int32)
     if not has_time:
         return None

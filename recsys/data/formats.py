@@ -58,20 +58,31 @@ def format_of(path: Path, config: FileConfig) -> str:
 
 def read(path: Path, config: FileConfig, role: Role, needs: Mapping[str, Need]) -> Raw:
     """Read the needed columns of one file; DataError says what is wrong with it and what to do."""
-    check_present(path, next(iter(needs.values())).key.rpartition(".")[0])
+    key = next(iter(needs.values())).key.rpartition(".")[0]
+    check_present(path, key)
     form = format_of(path, config)
-    if form == "parquet" or (form == "kuairand" and path.suffix != ".csv"):
+    if form == "parquet" or (form == "kuairand" and not path.name.removesuffix(".gz").endswith(".csv")):
         return _read_parquet(path, needs)
+    if path.is_dir():
+        raise DataError(f"{key}: '{path}' is a folder. Expected a file; only Parquet may come as a folder of files.")
     try:
         if form == "movielens" and (names := grouplens.names(path, role)) is not None:
             columns = present(names, path, needs)
             table, malformed = grouplens.read(path, role, config.encoding)
+            if len(table) == 0:
+                raise DataError(f"'{path}' has no line of {len(names)} columns ({', '.join(names)}).")
             return Raw(table.select(columns), malformed, tuple(names))
         return _read_text(path, config, form, needs)
     except UnicodeError as fault:
         raise not_utf8(path, config.encoding) from fault
     except LookupError as fault:
         raise DataError(f"'{path}': there is no encoding '{config.encoding}'. Known are utf-8, latin-1, gb18030 and others.") from fault
+    except pa.ArrowInvalid as fault:
+        if "UTF8" in str(fault):
+            raise not_utf8(path, config.encoding) from fault
+        raise DataError(f"'{path}' cannot be read as {form}: {first_line(fault)}.") from fault
+    except OSError as fault:
+        raise DataError(f"{key}: '{path}' cannot be opened: {first_line(fault)}.") from fault
 
 
 def check_present(path: Path, key: str) -> None:
@@ -108,6 +119,8 @@ def _read_text(path: Path, config: FileConfig, form: str, needs: Mapping[str, Ne
     header = _untyped(first, path) if form == "recbole" else [name.strip() for name in first]
     if form == "movielens":
         header = [grouplens.RENAMED.get(name, name) for name in header]
+    if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
+        raise DataError(f"'{path}': the header '{header[0]}' has no {delimiter!r} between columns. Declare delimiter: {other!r}.")
     if len(set(header)) < len(header):
         twice = sorted({name for name in header if header.count(name) > 1})
         raise DataError(f"'{path}' has two columns called '{twice[0]}'. Rename one.")
@@ -118,29 +131,22 @@ def _read_text(path: Path, config: FileConfig, form: str, needs: Mapping[str, Ne
         malformed.append(row)
         return "skip"
 
-    try:
-        table = pcsv.read_csv(
-            path,
-            pcsv.ReadOptions(encoding=config.encoding, column_names=header, skip_rows=1, block_size=1 << 23),
-            pcsv.ParseOptions(
-                delimiter=delimiter,
-                quote_char=False if form == "recbole" else '"',
-                newlines_in_values=form != "recbole",
-                invalid_row_handler=skip,
-            ),
-            pcsv.ConvertOptions(
-                include_columns=columns,
-                column_types={name: pa.dictionary(pa.int32(), pa.string()) for name in columns if needs[name].text},
-                null_values=NULLS,
-                strings_can_be_null=True,
-            ),
-        )
-    except pa.ArrowInvalid as fault:
-        if "UTF8" in str(fault):
-            raise not_utf8(path, config.encoding) from fault
-        if "Empty CSV" in str(fault):
-            raise DataError(f"'{path}' is empty: it has a header but no rows.") from fault
-        raise DataError(f"'{path}' cannot be read as text with delimiter {delimiter!r}: {first_line(fault)}.") from fault
+    table = pcsv.read_csv(
+        path,
+        pcsv.ReadOptions(encoding=config.encoding, column_names=header, skip_rows=1, block_size=1 << 23),
+        pcsv.ParseOptions(
+            delimiter=delimiter,
+            quote_char=False if form == "recbole" else '"',
+            newlines_in_values=form != "recbole",
+            invalid_row_handler=skip,
+        ),
+        pcsv.ConvertOptions(
+            include_columns=columns,
+            column_types={name: pa.dictionary(pa.int32(), pa.string()) for name in columns if needs[name].text},
+            null_values=NULLS,
+            strings_can_be_null=True,
+        ),
+    )
     if any(pa.types.is_binary(field.type) for field in table.schema):
         raise not_utf8(path, config.encoding)
     if len(table) + len(malformed) == 0:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv as pcsv
 
+from recsys.errors import DataError
+
 RENAMED = {"userId": "user_id", "movieId": "item_id"}
 """Columns of the later csv releases, by the names used here."""
 LOG = ["user_id", "item_id", "rating", "timestamp"]
@@ -36,7 +38,12 @@ def names(path: Path, role: str) -> list[str] | None:
     mark = delimiter(path)
     if mark == ",":
         return None
-    return {"items": ITEMS, "users": USERS}[role].get(mark, LOG) if role in ("items", "users") else LOG
+    if role == "log":
+        return LOG
+    known = ITEMS if role == "items" else USERS
+    if mark not in known:
+        raise DataError(f"'{path}' is no table of GroupLens: its first line has no '|' or '::'. Declare format: csv with its delimiter.")
+    return known[mark]
 
 
 def read(path: Path, role: str, encoding: str) -> tuple[pa.Table, int]:

@@ -106,7 +106,8 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
         reason[rows] = cleaning.REASONS.index(why)
         account.dropped[why] += int(rows.sum())
 
-    user, item = cleaning.code_ids(table[columns.user]), cleaning.code_ids(table[columns.item])
+    user = cleaning.code_ids(table[columns.user], key="interactions.user")
+    item = cleaning.code_ids(table[columns.item], key="interactions.item")
     drop("missing user id", user.codes == UNKNOWN)
     drop("missing item id", item.codes == UNKNOWN)
     if columns.time is None:
@@ -118,7 +119,11 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
             drop("future time", time > now)
     value = np.full(n, np.nan, np.float32) if columns.value is None else cleaning.to_numbers(table[columns.value]).astype(np.float32)
     low, high = config.min_value, config.max_value
-    outside = (value < low if low is not None else np.zeros(n, bool)) | (value > high if high is not None else np.zeros(n, bool))
+    outside = np.isinf(value)
+    if low is not None:
+        outside |= value < low
+    if high is not None:
+        outside |= value > high
     drop("value out of range", outside)
     event, names = _event_codes(table, columns.event)
 
@@ -142,7 +147,7 @@ def _event_codes(table: pa.Table, config: EventConfig) -> tuple[np.ndarray, tupl
     """(n,) int8 codes and the names they stand for, in alphabetical order."""
     if config.column is None:
         return np.zeros(len(table), np.int8), (config.default,)
-    coded = cleaning.code_ids(table[config.column])
+    coded = cleaning.code_ids(table[config.column], key="interactions.event.column")
     names = sorted({*coded.ids, config.default} if (coded.codes == UNKNOWN).any() else coded.ids)
     if len(names) > 127:
         raise DataError(

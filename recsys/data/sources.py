@@ -197,3 +197,14 @@ class DataConfig(FrozenConfig):
         if "positive" in labels:
             raise ValueError("'positive' is the name of the first label's role; call the label something else")
         return labels
+
+    @model_validator(mode="after")
+    def _answers_are_no_inputs(self) -> Self:
+        labels = {rule.column: name for name, rule in self.labels.items()}
+        for name, column in self.interactions.context.items():
+            source = column.source(name)
+            if source in labels and column.kind not in FROM_TIME:
+                raise ValueError(
+                    f"interactions.context.{name} reads column '{source}', which is label '{labels[source]}': the answer would be an input"
+                )
+        return self

@@ -52,7 +52,7 @@ def read_table(config: TableConfig, role: Role, resolve: Resolver, account: Acco
     raws = [read(path, config, role, needs) for path in paths]
     table = pa.concat_tables([raw.table for raw in raws], promote_options="permissive")
     malformed = sum(raw.malformed for raw in raws)
-    coded = code_ids(table[key])
+    coded = code_ids(table[key], key=f"{role}.id")
     last = np.full(len(coded.ids), -1, np.int64)
     known = np.flatnonzero(coded.codes != UNKNOWN)
     last[coded.codes[known]] = known
@@ -90,7 +90,7 @@ def read_history(config: HistoryConfig, resolve: Resolver, account: Account) -> 
     path = resolve(config.path)
     needs = {config.user: Need("history.user", text=True), config.items: Need("history.items", text=True)}
     raw = read(path, config, "history", needs)
-    users = code_ids(raw.table[config.user])
+    users = code_ids(raw.table[config.user], key="history.user")
     column = decoded(raw.table[config.items])
     if is_text(column):
         column = pc.split_pattern(pc.utf8_trim_whitespace(column), config.separator)
@@ -105,7 +105,7 @@ def read_history(config: HistoryConfig, resolve: Resolver, account: Account) -> 
         account.notes.append(f"history: {len(users.codes) - len(known):,} rows without a user id left out")
     column = column.take(pa.array(last))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-    items = code_ids(pa.chunked_array([pc.list_flatten(column.combine_chunks())]))
+    items = code_ids(pa.chunked_array([pc.list_flatten(column.combine_chunks())]), key="history.items")
     present = items.codes != UNKNOWN
     owner = np.repeat(np.arange(len(lengths)), lengths)[present]
     return Past(

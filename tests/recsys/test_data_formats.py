@@ -158,10 +158,12 @@ def test_a_missing_file_is_named_with_the_key_that_names_it(tmp_path):
         ("user_id,user_id,item_id\na,b,c\n", "log.csv", "has two columns called 'user_id'. Rename one."),
         ("uid,item_id\na,b\n", "log.csv", "interactions.user: "),
         ("uid,item_id\na,b\n", "log.csv", "has no column 'user_id'. Did you mean 'uid'? It has: uid, item_id."),
+        ("user_id;item_id\na;b\n", "log.csv", "the header 'user_id;item_id' has no ',' between columns. Declare delimiter: ';'."),
+        ("1\t2\t5\n1\t3\t4\n", "u.data", "has no line of 4 columns (user_id, item_id, rating, timestamp)."),
         ("not parquet at all", "log.parquet", "cannot be read as Parquet"),
         ("user_id\titem_id:token\na\tb\n", "log.inter", "'user_id' is no typed column of a RecBole file. Expected name:type"),
         ("user_id:word\titem_id:token\na\tb\n", "log.inter", "'user_id:word' is no typed column"),
-        ("1\t2\t5\t30\n".replace("\t", ";"), "u.data", "has no column 'user_id'"),
+        ("1,2,5,30\n", "u.data", "has no column 'user_id'"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path, text, name, said):
@@ -203,3 +205,43 @@ def test_files_of_one_log_must_agree(tmp_path):
     pd.DataFrame({"user_id": ["x"], "item_id": [1]}).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(DataError, match="the files of the log have columns of different types"):
         load(DataConfig.model_validate({"interactions": {"path": ["a.parquet", "b.parquet"]}}), tmp_path)
+
+
+def test_grouplens_lines_of_the_wrong_length_are_counted(tmp_path):
+    assert dict(loaded(tmp_path, "1\t2\t5\t30\n1\t3\n", "u.data").account.rows()) == {
+        "rows read": 2,
+        "dropped: malformed line": 1,
+        "kept": 1,
+    }
+    (tmp_path / "movies.dat").write_text("2::Seven::Crime\nbroken\n")
+    config = {"interactions": {"path": "u.data"}, "items": {"path": "movies.dat", "columns": {"title": "text"}}}
+    assert load(DataConfig.model_validate(config), tmp_path).account.notes == ["items: 1 malformed lines left out"]
+
+
+def test_a_table_that_is_not_grouplens_is_refused(tmp_path):
+    (tmp_path / "movies.dat").write_text("2\tSeven\tCrime\n")
+    (tmp_path / "log.csv").write_text(LOG)
+    config = {"interactions": {"path": "log.csv"}, "items": {"path": "movies.dat", "columns": {"title": "text"}}}
+    with pytest.raises(DataError, match=r"is no table of GroupLens: its first line has no '\|' or '::'"):
+        load(DataConfig.model_validate(config), tmp_path)
+
+
+def test_a_folder_of_parquet_files_is_one_log_and_any_other_folder_is_refused(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for name in ("b", "a"):
+        pd.DataFrame({"user_id": [name], "item_id": [1]}).to_parquet(tmp_path / f"logs/{name}.parquet")
+    assert ids(load(DataConfig.model_validate({"interactions": {"path": "logs"}}), tmp_path)) == [("a", "1"), ("b", "1")]
+    with pytest.raises(DataError, match=r"interactions: '.*logs' is a folder. Expected a file; only Parquet"):
+        load(DataConfig.model_validate({"interactions": {"path": "logs", "format": "csv"}}), tmp_path)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("recsys.data.formats.pcsv.read_csv", closed)
+    assert "log.csv' cannot be opened: [Errno 13] Permission denied." in refused(tmp_path)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    assert "cannot be opened" in refused(tmp_path, gzip.compress(LOG.encode() * 100)[:40], "log.csv.gz")

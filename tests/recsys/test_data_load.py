@@ -125,6 +125,34 @@ def test_iso_times_with_and_without_a_zone(tmp_path):
     assert dataset.account.dropped["bad time"] == 1
 
 
+def test_an_empty_time_column_is_all_bad_times_and_a_time_of_day_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"dropped: bad time +1"):
+        loaded(tmp_path, "u,i,t\na,x,\n", interactions={"time_unit": "iso"})
+    with pytest.raises(DataError, match=r"column 't' holds time32\[s\] such as 10:30:00. Expected a date with its time"):
+        loaded(tmp_path, "u,i,t\na,x,10:30:00\n", interactions={"time_unit": "iso"})
+
+
+def test_ids_must_be_single_values(tmp_path):
+    pd.DataFrame({"u": [[1, 2]], "i": [1]}).to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match=r"interactions.user: the column holds list<.*>. Expected one id per row"):
+        load(DataConfig.model_validate({"interactions": {"path": "log.parquet", "user": "u", "item": "i"}}), tmp_path)
+
+
+def test_categorical_columns_of_parquet_are_read_by_their_values(tmp_path):
+    frame = pd.DataFrame({"u": [7, 8], "i": ["x", "y"], "t": [2, 1], "c": [1, 0]}).astype("category")
+    frame.to_parquet(tmp_path / "log.parquet")
+    config = {"interactions": {"path": "log.parquet", "user": "u", "item": "i", "time": "t"}, "labels": {"c": {"column": "c"}}}
+    dataset = load(DataConfig.model_validate(config), tmp_path)
+    assert rows(dataset) == [("8", "y", 1.0), ("7", "x", 2.0)]
+    assert dataset.interactions.labels["c"].tolist() == [0, 1]
+
+
+def test_infinite_values_are_out_of_range_and_missing_ones_are_kept(tmp_path):
+    dataset = loaded(tmp_path, "u,i,t,v\na,1,1,inf\na,2,2,\n", interactions={"value": "v"})
+    assert dataset.account.dropped["value out of range"] == 1
+    assert np.isnan(dataset.interactions.value).tolist() == [True]
+
+
 def test_milliseconds_become_seconds_exactly(tmp_path):
     assert loaded(tmp_path, "u,i,t\na,x,1650812741436\n", interactions={"time_unit": "ms"}, now=2e9).interactions.time[0] == 1650812741.436
 
@@ -297,6 +325,26 @@ def test_labels_and_tables_refuse_what_they_cannot_hold():
         DataConfig.model_validate({**log, "labels": {"positive": {"column": "c"}}})
     with pytest.raises(ValidationError, match=r"'h': kind hour is read from the time of an event; declare it in interactions.context"):
         DataConfig.model_validate({**log, "items": {"path": "a", "columns": {"h": "hour"}}})
+
+
+def test_an_answer_is_refused_as_an_input():
+    with pytest.raises(
+        ValidationError, match=r"interactions.context.c reads column 'is_click', which is label 'click': the answer would be an input"
+    ):
+        DataConfig.model_validate(
+            {
+                "interactions": {"path": "a", "context": {"c": {"kind": "category", "column": "is_click"}}},
+                "labels": {"click": {"column": "is_click"}},
+            }
+        )
+
+
+def test_a_feature_may_not_hide_the_column_of_the_split(tmp_path):
+    context = {"day": {"kind": "category", "column": "weekday"}}
+    with pytest.raises(
+        DataError, match=r"interactions.context.day reads column 'weekday', but split.column means the column 'day'. Rename"
+    ):
+        loaded(tmp_path, "u,i,t,day,weekday\na,1,1,5,6\n", interactions={"context": context}, keep=("day",))
 
 
 TEN_LINES = """
