@@ -1,0 +1,57 @@
+"""Fitting, saving and loading the configured recall channels together: some lean on another channel or on a model.
+
+To add a channel: one file under recall/ with its config (see ItemCF), its class in `recsys.config.ChannelConfig`, and a
+contract test. Only a channel that needs more than the log (vectors, another channel's neighbours) has a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.config import ChannelConfig
+from recsys.core import Queries, Recaller
+from recsys.data.interactions import Interactions
+from recsys.recall.realtime import RealtimeConfig
+from recsys.recall.vector import EncodesUsers, VectorConfig, VectorRecaller
+
+Encode = Callable[[Queries], np.ndarray]
+Channels = dict[str, Recaller]
+
+
+def fit(configs: Mapping[str, ChannelConfig], log: Interactions, *, vectors: np.ndarray | None, encode: Encode) -> Channels:
+    """Every channel fitted on the positives of `log`, in the order of the configuration.
+
+    vectors (I, d) are the two-tower's item vectors (None: it was not trained, and its channel is left out); `encode` gives
+    the user vectors of a batch of queries.
+    """
+    fitted: dict[str, Any] = {}
+    leaning: list[str] = []
+    for name, config in configs.items():
+        if isinstance(config, VectorConfig):
+            if vectors is not None:
+                fitted[name] = VectorRecaller(name, encode, config.build().fit(vectors))
+        elif isinstance(config, RealtimeConfig):
+            leaning.append(name)
+        else:
+            fitted[name] = config.build().fit(log)
+    for name in leaning:
+        config = configs[name]
+        assert isinstance(config, RealtimeConfig)  # noqa: S101 - told apart above
+        fitted[name] = config.build().fit(log, fitted if config.neighbors in configs else None)
+    return {name: fitted[name] for name in configs if name in fitted}
+
+
+def load(configs: Mapping[str, ChannelConfig], folder: Path, funnel: EncodesUsers) -> Channels:
+    """Every channel that `save` wrote into `folder`, memory-mapped; `funnel` encodes the users of vector channels."""
+    return {name: config.load(folder / name, funnel) for name, config in configs.items() if (folder / name).exists()}
+
+
+def save(channels: Mapping[str, Recaller], folder: Path) -> None:
+    """Write each channel into a folder of its own."""
+    for name, channel in channels.items():
+        (folder / name).mkdir(parents=True)
+        channel.save(folder / name)

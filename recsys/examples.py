@@ -1,0 +1,180 @@
+"""Training examples: what was known at the instant of each logged event, and what happened then.
+
+Three kinds, one road. `two_tower_examples` are positives with the user's state just before. `ranker_examples` are what the
+fine stage will meet in service: for moments in a window that the recall channels were not fitted on, the funnel's own
+candidates, with what each channel said of them. (Fitted on the window, ItemCF orders its own training pairs far better than
+new ones, and the ranker would learn to believe it.) `impression_examples` are a log's rows as they are, for the ctr protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.config import ExamplesConfig
+from recsys.core import UNKNOWN, Queries, top_k
+from recsys.data.interactions import Interactions
+from recsys.evidence import EVIDENCE, evidence
+from recsys.features.schema import Field
+from recsys.funnel import Funnel
+from recsys.moments import Moments
+from recsys.prepared import Prepared
+
+CHUNK = 512
+
+
+Columns = dict[str, np.ndarray]
+
+
+def two_tower_examples(prepared: Prepared, moments: Moments, at: np.ndarray, popularity: np.ndarray) -> Columns:
+    """Positives at log positions `at` (n,): user-side fields just before, item-side fields, item row and log sampling probability.
+
+    popularity (I,) counts how often each item is a positive in the training examples: in-batch negatives come at that rate.
+    """
+    out, items = _rows(prepared, moments, at), moments.log.item[at]
+    share = np.maximum(popularity, 1) / max(float(popularity.sum()), 1.0)
+    return out | {"user": moments.log.user[at], "item": items, "log_q": np.log(share[items]).astype(np.float32)}
+
+
+def impression_examples(prepared: Prepared, moments: Moments, at: np.ndarray, label: str) -> Columns:
+    """The log's rows at positions `at` (n,), each with what was known just before and its 0/1 `label`."""
+    out = _rows(prepared, moments, at)
+    return out | {"user": moments.log.user[at], "item": moments.log.item[at], "label": moments.log.labels[label][at].astype(np.float32)}
+
+
+def _rows(prepared: Prepared, moments: Moments, at: np.ndarray) -> Columns:
+    """User, context and item fields of the log's rows at positions `at`: what the two kinds without candidates share."""
+    out = _gathered(prepared.space.encode_queries(q, prepared.user_columns) for q in moments.chunks(at, CHUNK))
+    return out | {name: np.asarray(column)[moments.log.item[at]] for name, column in prepared.item_columns.items()}
+
+
+def ranker_examples(funnel: Funnel, moments: Moments, at: np.ndarray, config: ExamplesConfig, *, seed: int) -> Columns:
+    """Pairs (moment, candidate) at log positions `at` (n,) with everything the fine stage sees, and a 0/1 `label`.
+
+    A positive that recall did not find is left out: the fine stage never meets it. `moment` numbers the group of a row.
+    """
+    rng = np.random.default_rng(seed)
+    popularity = np.bincount(moments.log.item[moments.log.positive], minlength=len(funnel.items)).astype(np.float64)
+    parts: list[Columns] = []
+    for start in range(0, len(at), CHUNK):
+        chunk = at[start : start + CHUNK]
+        queries = moments.queries(chunk)
+        items, says, labels = _pairs(funnel, queries, moments.log, chunk, config, popularity, rng)
+        b, n = np.nonzero(items != UNKNOWN)
+        fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
+        rows = items[b, n]
+        fields |= {name: np.asarray(column)[rows] for name, column in funnel.item_columns.items()}
+        parts.append(
+            fields
+            | {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (start + b).astype(np.int32)}
+        )
+    return _gathered(parts)
+
+
+def _pairs(
+    funnel: Funnel,
+    queries: Queries,
+    log: Interactions,
+    at: np.ndarray,
+    config: ExamplesConfig,
+    popularity: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """((B, M) items or -1, (B, M, w) evidence, (B, M) labels): the logged item first, then drawn negatives."""
+    candidates = funnel.coarse_rank(queries, funnel.recall(queries))
+    says = evidence(candidates)
+    target, positive = log.item[at][:, None], log.positive[at]
+    hit = (candidates.items == target) & (candidates.items != UNKNOWN)  # (B, N)
+    found, slot = hit.any(1), hit.argmax(1)
+    rows = np.arange(len(at))
+    first_says = np.where(found[:, None], says[rows, slot], _unvouched(says.shape[2]))[:, None, :]
+    # Shown and passed over is a lesson even when recall would not have found it; a positive is one only if it was found.
+    keep_first = np.where(positive, found, log.impressions and config.exposed)
+    first = np.where(keep_first[:, None], target, UNKNOWN)
+    draw = np.where(hit | (candidates.items == UNKNOWN) | ~(positive & found)[:, None], -np.inf, rng.random(candidates.items.shape))
+    chosen, _ = top_k(draw.astype(np.float32), config.recalled)
+    at_slot = np.maximum(chosen, 0)
+    drawn = np.where(chosen == UNKNOWN, UNKNOWN, np.take_along_axis(candidates.items, at_slot, 1))
+    blind = _blind_negatives(queries, target, positive & found, config, popularity, rng)
+    blind_says = np.broadcast_to(_unvouched(says.shape[2]), (*blind.shape, says.shape[2]))
+    items = np.concatenate([first, drawn, blind], axis=1).astype(np.int32)
+    all_says = np.concatenate([first_says, says[rows[:, None], at_slot], blind_says], axis=1)
+    labels = np.zeros(items.shape, np.float32)
+    labels[:, 0] = positive
+    return items, all_says.astype(np.float32), labels
+
+
+def _unvouched(width: int) -> np.ndarray:
+    """The evidence of an item that no channel recalled: nothing found, no score, the deepest rank."""
+    says = np.zeros(width, np.float32)
+    channels = (width - 1) // 3
+    says[2 * channels : 3 * channels] = 1.0
+    return says
+
+
+def _blind_negatives(
+    queries: Queries, target: np.ndarray, wanted: np.ndarray, config: ExamplesConfig, popularity: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(B, uniform + popularity) item rows drawn without looking at the candidates; -1 where one was had or is the target."""
+    B, n_items = len(queries), len(popularity)
+    uniform = rng.integers(0, n_items, (B, config.uniform))
+    weights = popularity / max(popularity.sum(), 1.0)
+    popular = (
+        rng.choice(n_items, (B, config.popularity), p=weights) if config.popularity and popularity.sum() else np.empty((B, 0), np.int64)
+    )
+    items = np.concatenate([uniform, popular], axis=1)
+    had = (items[:, :, None] == queries.exclude[:, None, :]).any(2) if queries.exclude.shape[1] else np.zeros(items.shape, bool)
+    return np.where(had | (items == target) | ~wanted[:, None], UNKNOWN, items)
+
+
+def _gathered(parts: Iterator[Columns] | Sequence[Columns]) -> Columns:
+    listed = list(parts)
+    return {name: np.concatenate([p[name] for p in listed]) for name in listed[0]} if listed else {}
+
+
+def write(
+    folder: Path,
+    *,
+    task: str,
+    fields: Sequence[Field],
+    labels: Sequence[str],
+    train: Columns,
+    valid: Columns,
+    granule: int,
+    seed: int,
+    items: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write an examples folder: schema.json, train.parquet (shuffled by `seed`, row groups of `granule`), valid.parquet, items/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = [f.name for f in fields] + [c for c in ("user", "item", "log_q", "moment", *labels) if c in train]
+    order = np.random.default_rng(seed).permutation(len(train["user"]))
+    for part, columns, rows in (("train", train, order), ("valid", valid, np.arange(len(valid["user"])))):
+        arrays = {name: _arrow(columns[name][rows]) for name in keep}
+        # Plain, uncompressed pages: the reader decodes them faster than it could decompress them.
+        pq.write_table(pa.table(arrays), folder / f"{part}.parquet", row_group_size=granule, compression="none", use_dictionary=False)
+    for name, column in (items or {}).items():
+        (folder / "items").mkdir(exist_ok=True)
+        np.save(folder / "items" / f"{name}.npy", column)
+    schema: dict[str, Any] = {
+        "task": task,
+        "fields": [asdict(f) for f in fields],
+        "labels": list(labels),
+        "rows": {"train": len(order), "valid": len(valid["user"])},
+        "granule": granule,
+        "seed": seed,
+    }
+    (folder / "schema.json").write_text(json.dumps(schema, indent=1))
+
+
+def _arrow(column: np.ndarray) -> pa.Array:
+    if column.ndim == 1:
+        return pa.array(column)
+    flat = pa.array(np.ascontiguousarray(column).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, column.shape[1])

@@ -1,0 +1,375 @@
+"""The pure funnel: recall -> coarse rank -> fine rank -> re-rank as plain calls on one process.
+
+Offline evaluation runs it, training examples are drawn through it, and the service must return exactly what it returns.
+Every public stage takes a batch of queries and gives candidates; `recommend` is the four of them in a row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+
+from recsys import channels
+from recsys.config import Config
+from recsys.core import UNKNOWN, Candidates, Queries, Query, Recaller, Reranker, Vocabulary, load_arrow, top_k
+from recsys.errors import BundleError, RequestError
+from recsys.evidence import EVIDENCE, evidence
+from recsys.export import RankerEngine
+from recsys.features.schema import FeatureSpace
+from recsys.features.store import StoredEvent
+from recsys.models.two_tower import TwoTower
+from recsys.prepared import load_columns
+from recsys.recall.merge import MergeConfig, merge
+
+STAGES = ("recall", "coarse_rank", "fine_rank", "rerank")
+POPULAR = "popular"
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class FunnelRequest:
+    """One request in outside terms: ids are the caller's, `events` the user's live history (oldest first)."""
+
+    user_id: str
+    k: int
+    at: float
+    events: Sequence[StoredEvent] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+    explain: bool = False
+
+
+class PageItem(NamedTuple):
+    """One item of an answer. `explain` holds per stage {rank, score}, and per channel likewise under `recall`."""
+
+    item_id: str
+    score: float
+    sources: list[str]
+    title: str | None
+    explain: dict[str, Any] | None
+
+
+class Past(NamedTuple):
+    """What the training log knows of each user: lists by user row, memory-mapped in a loaded bundle.
+
+    indptr (U + 1,); items (S,) item rows and times (S,) Unix seconds, oldest first, the newest `history.length` of each
+    user; seen_indptr (U + 1,) and seen_items: every item the user has had, ascending.
+    """
+
+    indptr: np.ndarray
+    items: np.ndarray
+    times: np.ndarray
+    seen_indptr: np.ndarray
+    seen_items: np.ndarray
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in zip(self._fields, self, strict=True):
+            np.save(folder / f"{name}.npy", array)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
+
+
+@dataclass(slots=True)
+class Funnel:
+    """A funnel of one version. Stages that were not loaded are None; asking them is a BundleError.
+
+    item_columns: field -> (I, …) encoded; vectors (I, d) float32 unit vectors of the two-tower; popular (P,) item rows,
+    most popular first: the last rung, which needs nothing else.
+    """
+
+    version: str
+    config: Config
+    space: FeatureSpace
+    users: Vocabulary
+    items: Vocabulary
+    user_columns: dict[str, np.ndarray]
+    item_columns: dict[str, np.ndarray]
+    past: Past
+    popular_items: np.ndarray
+    channels: dict[str, Recaller]
+    tower: TwoTower | None = None
+    vectors: np.ndarray | None = None
+    ranker: RankerEngine | None = None
+    reranker: Reranker | None = None
+    titles: pa.Array | None = None
+
+    # ---- from outside to rows -------------------------------------------------------------------------------------
+
+    def queries(self, requests: Sequence[FunnelRequest]) -> Queries:
+        """Outside ids to rows: history is the training log's, continued by live events; what was seen is excluded."""
+        return Queries.of([self._query(r) for r in requests], history_length=self.config.history.length)
+
+    def _query(self, r: FunnelRequest) -> Query:
+        user = self.users.row(r.user_id)
+        items, times, seen = self._snapshot(user)
+        live = [(row, e.time_ms / 1000) for e in r.events if (row := self.items.row(e.item_id)) != UNKNOWN]
+        if live:
+            items, times = _continued(items, times, live)
+        out = [self.items.row(i) for i in r.exclude]
+        if self.config.recall.exclude_seen and live:
+            out += [row for row, _ in live]
+        exclude = np.concatenate([seen, np.array([row for row in out if row != UNKNOWN], np.int32)]) if out else seen
+        return Query(
+            user_id=r.user_id,
+            user=user,
+            k=r.k,
+            at=r.at,
+            items=items,
+            times=times,
+            context=r.context,
+            profile=r.profile,
+            exclude=exclude,
+            explain=r.explain,
+        )
+
+    def _snapshot(self, user: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if user == UNKNOWN:
+            return np.empty(0, np.int32), np.empty(0, np.float64), np.empty(0, np.int32)
+        a, b = self.past.indptr[user], self.past.indptr[user + 1]
+        seen = np.empty(0, np.int32)
+        if self.config.recall.exclude_seen:
+            seen = self.past.seen_items[self.past.seen_indptr[user] : self.past.seen_indptr[user + 1]]
+        return self.past.items[a:b], self.past.times[a:b], seen
+
+    def lane(self, k: int) -> int:
+        """Requests may share a batch only within one lane: the depth of every stage follows the deepest page asked for."""
+        return max(k, self.config.fine_rank.keep)
+
+    # ---- the stages -----------------------------------------------------------------------------------------------
+
+    def recall(self, queries: Queries) -> Candidates:
+        """All channels, merged with provenance. A channel that fails is left out and named in `lost`."""
+        depth = self._depth(queries)
+        merging = _deepened(self.config.recall.merge, depth)
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        lost = []
+        for name, channel in self.channels.items():
+            try:
+                found[name] = channel.recall(queries, merging.quota_of(name))
+            except Exception:  # a channel's bug must not take the page with it: the answer names it
+                log.exception("Channel %s failed; its candidates are left out.", name)
+                found[name] = (np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.float32))
+                lost.append(name)
+        out = merge(tuple(found), list(found.values()), merging, n_queries=len(queries))
+        out.lost = tuple(lost)
+        if queries.explain:
+            out.noted()
+        return out
+
+    def coarse_rank(self, queries: Queries, candidates: Candidates) -> Candidates:
+        """Two-tower score of every candidate: a dot product with cached item vectors."""
+        if self.vectors is None:
+            raise BundleError("This funnel was loaded without its coarse stage. Load it with stages=('coarse_rank', …).")
+        wanted = self.vectors[candidates.items]  # (B, N, d); row -1 of an empty slot is ignored below
+        scores = np.einsum("bd,bnd->bn", self.user_vectors(queries), wanted, optimize=True)
+        keep = max(self.config.coarse_rank.keep, self._depth(queries))
+        return candidates.ranked(scores, keep, stage="coarse_rank", explain=queries.explain)
+
+    def fine_rank(self, queries: Queries, candidates: Candidates) -> Candidates:
+        """The ranker with every feature; scores become probabilities."""
+        keep = max(self.config.fine_rank.keep, self._depth(queries))
+        return candidates.ranked(self.fine_scores(queries, candidates), keep, stage="fine_rank", explain=queries.explain)
+
+    def fine_scores(self, queries: Queries, candidates: Candidates) -> np.ndarray:
+        """(B, N) probabilities of the fine ranker."""
+        if self.ranker is None:
+            raise BundleError("This funnel was loaded without its fine stage. Load it with stages=('fine_rank', …).")
+        pairs = {EVIDENCE: evidence(candidates)} if any(f.name == EVIDENCE for f in self.ranker.pair_fields) else {}
+        logits = self.ranker.score(self.user_fields(queries), candidates.items, pairs)
+        scores: np.ndarray = 1.0 / (1.0 + np.exp(-np.clip(logits, -40, 40)))
+        if not np.isfinite(scores).all():
+            raise BundleError(
+                f"The fine ranker of version {self.version} gave scores that are no numbers. Roll back, then look at its training."
+            )
+        return scores
+
+    def rerank(self, queries: Queries, candidates: Candidates) -> Candidates:
+        """The page: at most max(k) items a query; `page` cuts each to its own k."""
+        k = int(queries.k.max(initial=1))
+        out = self.reranker.rerank(queries, candidates, k) if self.reranker else candidates.reordered(*_first(candidates, k))
+        out.stage = "rerank"
+        if queries.explain:
+            out.noted()
+        return out
+
+    def recommend(self, queries: Queries) -> Candidates:
+        """All four stages. The batch must be of one lane (see `lane`)."""
+        candidates = self.recall(queries)
+        candidates = self.coarse_rank(queries, candidates)
+        candidates = self.fine_rank(queries, candidates)
+        return self.rerank(queries, candidates)
+
+    def popular(self, queries: Queries) -> Candidates:
+        """The last rung: what is popular and not excluded. Needs no model, no store, no other stage."""
+        depth = int(queries.k.max(initial=1)) + queries.exclude.shape[1]
+        items = np.broadcast_to(self.popular_items[:depth], (len(queries), min(depth, len(self.popular_items))))
+        scores = np.broadcast_to(1.0 / np.arange(1, items.shape[1] + 1, dtype=np.float32), items.shape)
+        gone = (items[:, :, None] == queries.exclude[:, None, :]).any(2)
+        columns, values = top_k(np.where(gone, -np.inf, scores).astype(np.float32), int(queries.k.max(initial=1)))
+        chosen = np.where(columns == UNKNOWN, UNKNOWN, np.take_along_axis(items, np.maximum(columns, 0), 1)).astype(np.int32)
+        ranks = np.where(chosen == UNKNOWN, 0, np.arange(1, chosen.shape[1] + 1)).astype(np.int16)
+        return Candidates(chosen, values, (POPULAR,), values[:, :, None], ranks[:, :, None], stage=POPULAR)
+
+    def rank(self, queries: Queries, item_ids: Sequence[Sequence[str]]) -> Candidates:
+        """The fine stage over given items (unknown ids are left out): nothing recalled them, so no channel vouches for them."""
+        rows = [[row for i in dict.fromkeys(ids) if (row := self.items.row(i)) != UNKNOWN] for ids in item_ids]
+        B, N, C = len(rows), max(map(len, rows), default=0), len(self.config.recall.channels)
+        items = np.full((B, N), UNKNOWN, np.int32)
+        for b, found in enumerate(rows):
+            items[b, : len(found)] = found
+        given = Candidates(
+            items,
+            np.where(items == UNKNOWN, -np.inf, 0).astype(np.float32),
+            tuple(self.config.recall.channels),
+            np.full((B, N, C), np.nan, np.float32),
+            np.zeros((B, N, C), np.int16),
+        )
+        if self.vectors is not None:
+            given = given.ranked(
+                np.einsum("bd,bnd->bn", self.user_vectors(queries), self.vectors[items]), N, stage="coarse_rank", explain=queries.explain
+            )
+        return self.fine_rank(queries, given)
+
+    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
+        """The k nearest items by the first channel that has neighbours, else by two-tower vectors. 404 for an unknown item."""
+        row = self.items.row(item_id)
+        if row == UNKNOWN:
+            raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {self.version}.", field="item_id", status=404)
+        for channel in self.channels.values():
+            if hasattr(channel, "similar"):
+                items, scores = channel.similar(np.array([row], np.int32), k)
+                known = items[0] != UNKNOWN
+                return list(zip(self.items.outside(items[0][known]), map(float, scores[0][known]), strict=True))
+        if self.vectors is None:
+            return []
+        near = (self.vectors @ self.vectors[row])[None, :]
+        near[0, row] = -np.inf
+        items, scores = top_k(near, k)
+        return list(zip(self.items.outside(items[0]), map(float, scores[0]), strict=True))
+
+    # ---- what several stages need, computed once a batch ----------------------------------------------------------
+
+    def user_fields(self, queries: Queries) -> dict[str, np.ndarray]:
+        """The encoded user, context and history fields of a batch: field -> (B, …)."""
+        if "fields" not in queries.memo:
+            queries.memo["fields"] = self.space.encode_queries(queries, self.user_columns)
+        fields: dict[str, np.ndarray] = queries.memo["fields"]
+        return fields
+
+    def user_vectors(self, queries: Queries) -> np.ndarray:
+        """(B, d) float32 unit vectors of the user tower."""
+        if self.tower is None:
+            raise BundleError("This funnel was loaded without its two-tower. Load it with stages=('recall', 'coarse_rank', …).")
+        if "vectors" not in queries.memo:
+            queries.memo["vectors"] = self.tower.user_vectors(self.user_fields(queries))
+        vectors: np.ndarray = queries.memo["vectors"]
+        return vectors
+
+    def _depth(self, queries: Queries) -> int:
+        """How many items every stage must let through: 0 unless a page is deeper than what the fine stage keeps."""
+        k = int(queries.k.max(initial=1))
+        return k if k > self.config.fine_rank.keep else 0
+
+    # ---- from rows to outside -------------------------------------------------------------------------------------
+
+    def page(self, queries: Queries, candidates: Candidates) -> list[list[PageItem]]:
+        """B answers, each with at most its query's k items, in the order of `candidates`."""
+        known = (candidates.items != UNKNOWN) & (np.arange(candidates.width)[None, :] < queries.k[:, None])
+        rows = candidates.items[known]
+        ids, scores = self.items.outside(rows), _shown_scores(candidates)[known].tolist()
+        titles = self.titles.take(pa.array(rows)).to_pylist() if self.titles is not None else [None] * len(ids)
+        bits = ((candidates.channel_ranks > 0) << np.arange(len(candidates.channels))).sum(2)[known].tolist()
+        names = {m: [c for i, c in enumerate(candidates.channels) if m >> i & 1] for m in set(bits)}
+        flat = [PageItem(i, s, names[m], t, None) for i, s, m, t in zip(ids, scores, bits, titles, strict=True)]
+        if queries.explain:
+            where = np.argwhere(known)
+            flat = [item._replace(explain=_explained(candidates, int(b), int(n))) for item, (b, n) in zip(flat, where, strict=True)]
+        ends = np.cumsum(known.sum(1)).tolist()
+        return [flat[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, folder: Path, *, stages: Collection[str] = STAGES) -> Self:
+        """Read a verified bundle. A stage's replica loads only what that stage needs; arrays are memory-mapped."""
+        config = Config.model_validate(json.loads((folder / "config.json").read_text()))
+        manifest = json.loads((folder / "manifest.json").read_text()) if (folder / "manifest.json").exists() else {}
+        space = FeatureSpace.load(folder / "features")
+        item_columns = load_columns(folder / "item_columns")
+        meta = load_arrow(folder / "item_meta.arrow")
+        funnel = cls(
+            version=str(manifest.get("version", folder.name)),
+            config=config,
+            space=space,
+            users=Vocabulary.load(folder, "users"),
+            items=Vocabulary.load(folder, "items"),
+            user_columns=load_columns(folder / "user_columns"),
+            item_columns=item_columns,
+            past=Past.load(folder / "past"),
+            popular_items=np.load(folder / "popular.npy", mmap_mode="r"),
+            channels={},
+            titles=meta.column("title").combine_chunks() if "title" in meta.column_names else None,
+        )
+        if "recall" in stages or "coarse_rank" in stages:
+            funnel.tower = TwoTower.load(folder / "two_tower") if (folder / "two_tower").exists() else None
+        if "coarse_rank" in stages or "rerank" in stages:
+            funnel.vectors = np.load(folder / "vectors.npy", mmap_mode="r") if (folder / "vectors.npy").exists() else None
+        if "recall" in stages:
+            funnel.channels = channels.load(config.recall.channels, folder / "recall", funnel)
+        if "fine_rank" in stages and (folder / "fine_rank").exists():
+            funnel.ranker = RankerEngine.load(folder / "fine_rank", item_columns)
+        if "rerank" in stages:
+            funnel.reranker = config.rerank.build(vectors=funnel.vectors, columns=item_columns)
+        return funnel
+
+
+def _deepened(config: MergeConfig, depth: int) -> MergeConfig:
+    """The merge of a page deeper than the fine stage usually keeps: every channel and the whole let at least `depth` through."""
+    if not depth:
+        return config
+    quotas = {name: max(quota, depth) for name, quota in config.quotas.items()}
+    return config.model_copy(update={"limit": max(config.limit, depth), "quota": max(config.quota, depth), "quotas": quotas})
+
+
+def _continued(items: np.ndarray, times: np.ndarray, live: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """A training-log history continued by live events; one that the log already holds is not told twice."""
+    told = set(zip(items.tolist(), times.tolist(), strict=True))
+    new = [pair for pair in live if pair not in told]
+    if not new:
+        return items, times
+    all_items = np.concatenate([items, np.array([i for i, _ in new], np.int32)])
+    all_times = np.concatenate([times, np.array([t for _, t in new], np.float64)])
+    # A log without times sorts before everything live: NaN would sort last.
+    order = np.argsort(np.nan_to_num(all_times, nan=-np.inf), kind="stable")
+    return all_items[order], all_times[order]
+
+
+def _first(candidates: Candidates, k: int) -> tuple[np.ndarray, np.ndarray]:
+    order = np.broadcast_to(np.arange(min(k, candidates.width)), (len(candidates), min(k, candidates.width)))
+    return order, candidates.scores[:, :k]
+
+
+def _shown_scores(candidates: Candidates) -> np.ndarray:
+    """The score of an answer is the fine score, before re-rank (or that of the last rung that ordered it)."""
+    return candidates.scores
+
+
+def _explained(c: Candidates, b: int, n: int) -> dict[str, Any]:
+    stages: dict[str, Any] = {s: {"rank": int(r[b, n]), "score": float(v[b, n])} for s, (r, v) in c.trail.items()}
+    recalled = {
+        name: {"rank": int(c.channel_ranks[b, n, i]), "score": float(c.channel_scores[b, n, i])}
+        for i, name in enumerate(c.channels)
+        if c.channel_ranks[b, n, i] > 0
+    }
+    return {"channels": recalled, "stages": stages}

@@ -1,0 +1,86 @@
+"""Users' states at instants of a log: the queries that training and evaluation ask, as service would have asked them.
+
+A moment sees only what came strictly before it in (time, log position); rows of an impression log that share user and time
+were one screen and do not see each other. Excluded is what the user already had, as in service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from recsys.core import UNKNOWN, Queries
+from recsys.data.interactions import Interactions, group
+from recsys.features.generate import Histories
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The states of users along one log.
+
+    `told` (E,) bool says which rows of the log enter a history; `length` is how many events a history keeps;
+    `exclude_seen` whether what a user had before is excluded from the answer.
+    """
+
+    log: Interactions
+    told: np.ndarray
+    length: int
+    exclude_seen: bool = True
+
+    @cached_property
+    def histories(self) -> Histories:
+        """The one definition of a history, over this log."""
+        return Histories(self.log, length=self.length, told=self.told)
+
+    @cached_property
+    def _told_by_user(self) -> tuple[np.ndarray, np.ndarray]:
+        """((U + 1,) indptr, log positions of told rows by user, ascending)."""
+        positions = np.flatnonzero(self.told)
+        indptr, order = group(self.log.user[positions], self.log.n_users)
+        return indptr, positions[order]
+
+    def queries(self, at: np.ndarray) -> Queries:
+        """The moments just before the rows at log positions `at` (n,), each with its row's time and context."""
+        contexts: list[dict[str, Any]] = [{name: column[i] for name, column in self.log.context.items()} for i in at]
+        return self.states(self.log.user[at], at, self.log.time[at], contexts)
+
+    def chunks(self, at: np.ndarray, size: int) -> Iterator[Queries]:
+        """`queries` in batches of at most `size`."""
+        return (self.queries(at[a : a + size]) for a in range(0, len(at), size))
+
+    def states(self, users: np.ndarray, at: np.ndarray, times: np.ndarray, contexts: list[dict[str, Any]]) -> Queries:
+        """The states of `users` (n,) rows just before log positions `at` (n,), asked at `times` (n,) Unix seconds."""
+        items, item_times = self.histories.before(users, at, times)
+        return Queries(
+            user_ids=self.log.users.outside(users),
+            users=users.astype(np.int32),
+            k=np.full(len(users), 10, np.int32),
+            at=times.astype(np.float64),
+            history=items,
+            history_times=item_times,
+            exclude=self._had(users, at, times) if self.exclude_seen else np.empty((len(users), 0), np.int32),
+            contexts=list(contexts),
+            profiles=[{}] * len(users),
+        )
+
+    def _had(self, users: np.ndarray, at: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """(n, E) item rows that each user had before log position `at`, distinct, padded on the right."""
+        indptr, order = self._told_by_user
+        past = self.log.past
+        if self.log.impressions:  # a screen's rows do not see each other
+            at = np.minimum(at, np.searchsorted(self.log.time, times, "left"))
+        lists = []
+        for user, position in zip(users.tolist(), at.tolist(), strict=True):
+            mine = order[indptr[user] : indptr[user + 1]]
+            had = self.log.item[mine[: int(np.searchsorted(mine, position))]]
+            if past is not None:
+                had = np.concatenate([past.items[past.indptr[user] : past.indptr[user + 1]], had])
+            lists.append(np.unique(had))
+        out = np.full((len(users), max(map(len, lists), default=0)), UNKNOWN, np.int32)
+        for row, had in zip(out, lists, strict=True):
+            row[: len(had)] = had
+        return out

@@ -1,0 +1,167 @@
+"""A data set made ready: cleaned log, split, fitted features, encoded columns. What `prepare` writes and `train` reads.
+
+Features are fitted on the training part alone; the columns of all users and items are encoded with them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from recsys.config import Config
+from recsys.core import Vocabulary, load_arrow, save_arrow
+from recsys.data.events import load
+from recsys.data.interactions import CSR, POSITIVE, Interactions
+from recsys.data.split import Split, SplitConfig
+from recsys.errors import DataError
+from recsys.features.generate import told
+from recsys.features.schema import FeatureSpace
+from recsys.moments import Moments
+
+_SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """E events of U users and I items, ready for examples.
+
+    titles (I,) strings or None; told (E,) bool: rows that enter a history; account: the lines of the cleaning.
+    """
+
+    log: Interactions
+    split: Split
+    space: FeatureSpace
+    user_columns: dict[str, np.ndarray]
+    item_columns: dict[str, np.ndarray]
+    titles: pa.Array | None
+    told: np.ndarray
+    account: list[tuple[str, int]]
+
+    def moments(self, config: Config) -> Moments:
+        """Users' states along the log."""
+        return Moments(self.log, self.told, config.history.length, config.recall.exclude_seen)
+
+    def save(self, folder: Path) -> None:
+        """Write everything under an existing, empty folder."""
+        log = self.log
+        log.users.save(folder, "users")
+        log.items.save(folder, "items")
+        columns = {name: getattr(log, name) for name in ("user", "item", "time", "event", "value")} | {"told": self.told}
+        columns |= {f"label:{k}": v for k, v in log.labels.items()} | {f"split:{k}": getattr(self.split, k) for k in _SPLITS}
+        columns |= {"session": log.session} if log.session is not None else {}
+        frame = {k: pa.array(v) for k, v in columns.items()} | {
+            f"context:{k}": pa.array(v, from_pandas=True) for k, v in log.context.items()
+        }
+        save_arrow(folder / "log.arrow", pa.table(frame))
+        if log.past is not None:
+            np.save(folder / "past.indptr.npy", log.past.indptr)
+            np.save(folder / "past.items.npy", log.past.items)
+        if self.titles is not None:
+            save_arrow(folder / "titles.arrow", pa.table({"title": self.titles}))
+        self.space.save(folder / "features")
+        for side, encoded in (("user_columns", self.user_columns), ("item_columns", self.item_columns)):
+            save_columns(folder / side, encoded)
+        facts = {
+            "event_names": log.event_names,
+            "has_time": log.has_time,
+            "impressions": log.impressions,
+            "by": self.split.by,
+            "account": self.account,
+        }
+        (folder / "prepared.json").write_text(json.dumps(facts, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote, memory-mapped where it can be."""
+        facts = json.loads((folder / "prepared.json").read_text())
+        table = load_arrow(folder / "log.arrow").combine_chunks()
+        columns = {name: table.column(name).to_numpy() for name in table.column_names if not name.startswith("context:")}
+        context = {
+            n.removeprefix("context:"): table.column(n).to_pandas().to_numpy() for n in table.column_names if n.startswith("context:")
+        }
+        has_past = (folder / "past.items.npy").exists()
+        log = Interactions(
+            users=Vocabulary.load(folder, "users"),
+            items=Vocabulary.load(folder, "items"),
+            **{name: columns[name] for name in ("user", "item", "time", "event", "value")},
+            event_names=tuple(facts["event_names"]),
+            labels={n.removeprefix("label:"): v for n, v in columns.items() if n.startswith("label:")},
+            context=context,
+            session=columns.get("session"),
+            has_time=facts["has_time"],
+            impressions=facts["impressions"],
+            past=CSR(np.load(folder / "past.indptr.npy"), np.load(folder / "past.items.npy")) if has_past else None,
+        )
+        titles = load_arrow(folder / "titles.arrow").column("title").combine_chunks() if (folder / "titles.arrow").exists() else None
+        return cls(
+            log,
+            Split(columns["split:train"], columns["split:valid"], columns["split:test"], facts["by"]),
+            FeatureSpace.load(folder / "features"),
+            load_columns(folder / "user_columns"),
+            load_columns(folder / "item_columns"),
+            titles,
+            columns["told"],
+            [(k, v) for k, v in facts["account"]],
+        )
+
+
+def prepare(config: Config, split: SplitConfig | None = None) -> Prepared:
+    """Load, clean, split and encode the declared data set. `split` stands in for the configuration's own (a protocol's).
+
+    Raises DataError where files cannot be read as declared or nothing is left to learn from.
+    """
+    how = split or config.split
+    data = load(config.data, config.base, keep=how.keep)
+    log = data.interactions
+    parts = how.split(log, data.parts)
+    train = log.where(parts.train)
+    if not train.positive.any():
+        raise DataError(
+            f"The training part has {len(train):,} rows and no positive among them. Check data.labels ('{POSITIVE}' comes from the first one)."
+        )
+    tables = {"user": config.data.users, "item": config.data.items}
+    declared = {side: table.columns if table is not None else {} for side, table in tables.items()} | {
+        "context": config.data.interactions.context
+    }
+    space = FeatureSpace.fit(config.features, declared, data.users, data.items, train)
+    titles = _titles(config, data.items)
+    return Prepared(
+        log,
+        parts,
+        space,
+        space.encode("user", data.users),
+        space.encode("item", data.items),
+        titles,
+        told(log, config.history),
+        data.account.rows(),
+    )
+
+
+def _titles(config: Config, items: pd.DataFrame) -> pa.Array | None:
+    """The column shown beside an item: the declared one, else the feature called title."""
+    declared = config.data.items
+    if declared is None:
+        return None
+    name = declared.title or (declared.columns["title"].source("title") if "title" in declared.columns else None)
+    for candidate in (name, "title"):
+        if candidate is not None and candidate in items.columns:
+            return pa.array([None if pd.isna(x) else str(x) for x in items[candidate]], pa.string())
+    return None
+
+
+def save_columns(folder: Path, columns: dict[str, np.ndarray]) -> None:
+    """Write field -> array as `{field}.npy`, which can be memory-mapped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", column)
+
+
+def load_columns(folder: Path) -> dict[str, np.ndarray]:
+    """Read what `save_columns` wrote, memory-mapped."""
+    return {p.stem: np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.npy"))}

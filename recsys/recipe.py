@@ -1,0 +1,277 @@
+"""From a prepared data set to a funnel: which rows of the log each part learns from, and in which order.
+
+    base      everything of train before the window   channels and two-tower are first fitted here
+    window    the newest part of train                the fine ranker learns from moments that those have not seen
+    valid     the split's                             early stopping of the fine ranker
+    test      the split's                             judged on the funnel refitted on train + valid
+
+For production the channels and the two-tower are refitted once more on everything; the fine ranker stays.
+How a model is trained is handed in: on Ray by `cluster.pipeline`, in this process by tests and by the search.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from recsys import channels, examples
+from recsys.config import Config
+from recsys.data.interactions import Interactions
+from recsys.evaluate import HeldOut
+from recsys.evidence import EVIDENCE, evidence_field
+from recsys.export import RankerEngine
+from recsys.features.generate import Histories
+from recsys.features.schema import Field
+from recsys.funnel import Funnel, Past
+from recsys.metrics import Relevant
+from recsys.models.two_tower import TwoTower
+from recsys.moments import Moments
+from recsys.prepared import Prepared
+from recsys.recall.popular import PopularConfig
+from recsys.training import ModelConfig, TrainingConfig
+
+log = logging.getLogger(__name__)
+MOST_VALIDATED = 4_000
+"""Moments that early stopping looks at, drawn at random: enough for a standard error of NDCG@10 near .003."""
+LAST_RESORT = 5_000
+"""Most popular items that a bundle keeps for the last rung."""
+
+
+class Trainer(Protocol):
+    """Trains one model on an examples folder and returns the folder of the saved model (model.safetensors, model.json)."""
+
+    def __call__(self, examples_folder: Path, model: ModelConfig, training: TrainingConfig, *, name: str) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Log positions, ascending: of positives in base, of rows in window and valid, and masks (E,) of what is known when."""
+
+    base: np.ndarray
+    window: np.ndarray
+    valid: np.ndarray
+    base_mask: np.ndarray
+    judged_mask: np.ndarray
+    """train and valid: what is known when the test begins."""
+
+
+def cut(prepared: Prepared, config: Config) -> Cut:
+    """Decide the window of the fine ranker: the last positives of each user, or the newest share of train."""
+    log_, split = prepared.log, prepared.split
+    train = np.flatnonzero(split.train)
+    if split.by == "leave_one_out":
+        in_window = _last_of_each_user(log_, split.train & log_.positive, config.examples.window_events)
+    else:
+        in_window = np.zeros(len(log_), bool)
+        in_window[train[int(len(train) * (1 - config.examples.window_share)) :]] = True
+    base_mask = split.train & ~in_window
+    learn = log_.positive | (log_.impressions and config.examples.exposed)
+    return Cut(
+        base=np.flatnonzero(base_mask & log_.positive),
+        window=np.flatnonzero(in_window & learn),
+        valid=np.flatnonzero(split.valid & learn),
+        base_mask=base_mask,
+        judged_mask=split.train | split.valid,
+    )
+
+
+def _last_of_each_user(log_: Interactions, mask: np.ndarray, n: int) -> np.ndarray:
+    """(E,) bool: the last n rows of the mask of each user that keeps at least as many before them."""
+    positions = np.flatnonzero(mask)
+    user = log_.user[positions]
+    order = np.argsort(user, kind="stable")
+    counts = np.bincount(user, minlength=log_.n_users)
+    ends = np.cumsum(counts)
+    from_end = np.repeat(ends, counts) - 1 - np.arange(len(order))  # 0 for a user's newest
+    chosen = order[(from_end < n) & (np.repeat(counts, counts) >= 2 * n)]
+    out = np.zeros(len(log_), bool)
+    out[positions[chosen]] = True
+    return out
+
+
+@dataclass
+class Recipe:
+    """The steps, each computed when first asked for. `folder` is where examples and trained models are kept."""
+
+    config: Config
+    prepared: Prepared
+    folder: Path
+    train: Trainer
+    say: Callable[[str], None] = log.info
+
+    @cached_property
+    def cut(self) -> Cut:
+        """Which rows serve which purpose."""
+        return cut(self.prepared, self.config)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Users' states along the log."""
+        return self.prepared.moments(self.config)
+
+    # ---- two-tower ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base_tower(self) -> Path:
+        """The two-tower fitted on base, early-stopped on the positives of the window."""
+        window = self.cut.window[self.prepared.log.positive[self.cut.window]]
+        return self._tower("two_tower", self.cut.base, self._sample(window), self.config.two_tower.training)
+
+    def refitted_tower(self, name: str, mask: np.ndarray) -> Path:
+        """The two-tower fitted anew on all positives of `mask`, for as many epochs as were best on base."""
+        if not self.config.two_tower.refit:
+            return self.base_tower
+        rows = np.flatnonzero(mask & self.prepared.log.positive)
+        epochs = _best_epochs(self.base_tower)
+        training = self.config.two_tower.training.model_copy(update={"epochs": epochs, "patience": 0})
+        return self._tower(f"two_tower_{name}", rows, self._sample(rows)[:256], training)
+
+    def _tower(self, name: str, train: np.ndarray, valid: np.ndarray, training: TrainingConfig) -> Path:
+        popularity = np.bincount(self.prepared.log.item[train], minlength=self.prepared.log.n_items).astype(np.float64)
+        fields = self._fields(self.config.two_tower.features, without=())
+        self.say(f"{name}: {len(train):,} positives")
+        folder = self.folder / "examples" / name
+        examples.write(
+            folder,
+            task="two_tower",
+            fields=fields,
+            labels=(),
+            train=examples.two_tower_examples(self.prepared, self.moments, train, popularity),
+            valid=examples.two_tower_examples(self.prepared, self.moments, valid, popularity),
+            items={f.name: self.prepared.item_columns[f.name] for f in fields if f.side == "item"},
+            granule=training.granule,
+            seed=self.config.seed,
+        )
+        return self.train(folder, self.config.two_tower.model, training, name=name)
+
+    # ---- fine ranker ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def ranker(self) -> Path:
+        """The fine ranker, from what the base funnel would have shown in the window."""
+        funnel = self.funnel(self.cut.base_mask, self.base_tower, None)
+        at = _thinned(self.cut.window, self.config.examples.max_moments, self.config.seed)
+        training = self.config.fine_rank.training
+        train = examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed)
+        valid = examples.ranker_examples(
+            funnel, self.moments, self._sample(self.cut.valid), self.config.examples, seed=self.config.seed + 1
+        )
+        self.say(f"fine_rank: {len(train['label']):,} pairs of {len(at):,} moments")
+        fields = (*self._fields(self.config.fine_rank.features, without=(EVIDENCE,)), *self._evidence(len(funnel.channels)))
+        folder = self.folder / "examples" / "fine_rank"
+        examples.write(
+            folder,
+            task="ranker",
+            fields=fields,
+            labels=("label",),
+            train=train,
+            valid=valid,
+            granule=training.granule,
+            seed=self.config.seed,
+        )
+        return self.train(folder, self.config.fine_rank.model, training, name="fine_rank")
+
+    def _evidence(self, n_channels: int) -> tuple[Field, ...]:
+        wanted = self.config.fine_rank.features
+        return (evidence_field(n_channels),) if wanted is None or EVIDENCE in wanted else ()
+
+    def _fields(self, names: tuple[str, ...] | None, *, without: tuple[str, ...]) -> tuple[Field, ...]:
+        space = self.prepared.space
+        return space.fields if names is None else space.select([n for n in names if n not in without])
+
+    def _sample(self, rows: np.ndarray) -> np.ndarray:
+        return _thinned(rows, MOST_VALIDATED, self.config.seed)
+
+    # ---- the funnel -----------------------------------------------------------------------------------------------
+
+    def judged(self) -> Funnel:
+        """The funnel that the test judges: refitted on train and valid."""
+        mask = self.cut.judged_mask
+        return self.funnel(mask, self.refitted_tower("judged", mask), self.ranker)
+
+    def final(self) -> Funnel:
+        """The funnel for production: refitted on the whole log."""
+        mask = np.ones(len(self.prepared.log), bool)
+        return self.funnel(mask, self.refitted_tower("final", mask), self.ranker)
+
+    def funnel(self, mask: np.ndarray, tower_folder: Path, ranker_folder: Path | None) -> Funnel:
+        """A funnel whose channels know the rows of `mask` (E,) and nothing else."""
+        p, config = self.prepared, self.config
+        known = p.log.where(mask)
+        tower = TwoTower.load(tower_folder)
+        vectors = tower.item_vectors(p.item_columns)
+        popular = PopularConfig().build().fit(known)
+        funnel = Funnel(
+            version="unpublished",
+            config=config,
+            space=p.space,
+            users=p.log.users,
+            items=p.log.items,
+            user_columns=p.user_columns,
+            item_columns=p.item_columns,
+            past=past(known, p.told[mask], config.history.length),
+            popular_items=popular.order[:LAST_RESORT].copy(),
+            channels={},
+            tower=tower,
+            vectors=vectors,
+            ranker=RankerEngine.load(ranker_folder, p.item_columns) if ranker_folder else None,
+            reranker=config.rerank.build(vectors=vectors, columns=p.item_columns),
+            titles=p.titles,
+        )
+        funnel.channels = channels.fit(config.recall.channels, known, vectors=vectors, encode=funnel.user_vectors)
+        return funnel
+
+    def held_out(self) -> HeldOut:
+        """The test: users with test positives that they have not had before, each in the state just before the first."""
+        log_, split = self.prepared.log, self.prepared.split
+        rows = np.flatnonzero(split.test & log_.positive)
+        users, first = np.unique(log_.user[rows], return_index=True)
+        if self.config.evaluate.max_users is not None:
+            chosen = _thinned(np.arange(len(users)), self.config.evaluate.max_users, self.config.seed)
+            users, first = users[chosen], first[chosen]
+        at = rows[first]
+        moments = self.moments
+        wanted: dict[int, set[int]] = {int(u): set() for u in users}
+        for user, item in zip(log_.user[rows].tolist(), log_.item[rows].tolist(), strict=True):
+            if user in wanted:
+                wanted[user].add(item)
+        warm = np.zeros(len(users), bool)
+        for start in range(0, len(users), 1024):
+            queries = moments.queries(at[start : start + 1024])
+            warm[start : start + 1024] = (queries.history >= 0).any(1)
+            for user, had in zip(queries.users.tolist(), queries.exclude, strict=True):
+                wanted[user] -= set(had.tolist())
+        return HeldOut(lambda rows: moments.queries(at[rows]), Relevant.of([wanted[int(u)] for u in users]), warm)
+
+
+def past(known: Interactions, told: np.ndarray, length: int) -> Past:
+    """What a bundle keeps of each user: the newest events, and every item ever had."""
+    indptr, items, times = Histories(known, length=length, told=told).closing()
+    had = known.where(told)
+    users, rows = had.user.astype(np.int64), had.item.astype(np.int64)
+    if known.past is not None:
+        users = np.concatenate([users, np.repeat(np.arange(known.n_users), np.diff(known.past.indptr))])
+        rows = np.concatenate([rows, known.past.items.astype(np.int64)])
+    pairs = np.unique(users * max(known.n_items, 1) + rows)
+    seen_indptr = np.zeros(known.n_users + 1, np.int64)
+    np.cumsum(np.bincount(pairs // max(known.n_items, 1), minlength=known.n_users), out=seen_indptr[1:])
+    return Past(indptr, items, times, seen_indptr, (pairs % max(known.n_items, 1)).astype(np.int32))
+
+
+def _thinned(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    if len(rows) <= most:
+        return rows
+    return rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
+
+
+def _best_epochs(folder: Path) -> int:
+    import json
+
+    saved: dict[str, Any] = json.loads((folder / "model.json").read_text())
+    return int(saved["best_epoch"]) + 1
