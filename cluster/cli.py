@@ -286,7 +286,7 @@ def versions(config: ConfigFiles, settings: Settings = None) -> None:
     held = registry(load(config, settings))
     found = held.list()
     if not found:
-        out.print(f"No version in {held.root} yet. Publish one: rayfunnel train")
+        out.print(f"No version in {held.where} yet. Publish one: rayfunnel train")
         return
     names = list(dict.fromkeys(name for listed in found for name, value in listed.manifest.metrics.items() if isinstance(value, float)))[:4]
     table = Table("version", "is", "created", "MB", *names, header_style="bold")

@@ -56,6 +56,8 @@ class Registry:
 
     def __init__(self, location: str | Path) -> None:
         self.root = Path(location)
+        self.where = str(location)
+        """How messages name this registry."""
         self._read: tuple[tuple[int, int, int], dict[str, str]] | None = None
 
     @property
@@ -90,7 +92,7 @@ class Registry:
         known = self.versions()
         if name in ALIASES:
             if (found := self.aliases().get(name)) is None:
-                raise BundleError(f"No version is {name} in '{self.root}'. {_advice(known)}")
+                raise BundleError(f"No version is {name} in '{self.where}'. {_advice(known)}")
             return found
         if name == "latest" and known:
             return known[-1]
@@ -102,8 +104,8 @@ class Registry:
             return matches[0]
         if matches:
             raise BundleError(f"'{name}' could be any of {', '.join(matches)}. Give more of the name.")
-        near = nearest(name, [*known, *ALIASES, "latest"])
-        raise BundleError(f"'{self.root}' has no version '{name}'. " + (f"Did you mean '{near}'?" if near else _advice(known)))
+        near = nearest(name, [*known, *ALIASES, *(["latest"] if known else [])])
+        raise BundleError(f"'{self.where}' has no version '{name}'. " + (f"Did you mean '{near}'?" if near else _advice(known)))
 
     def local_copy(self, name: str, *, contents: bool = True) -> Path:
         """The folder of a version, verified. `contents=False` checks presence and sizes only."""
@@ -177,7 +179,7 @@ class Registry:
         target = self.aliases().get("previous")
         if target is None:
             raise BundleError(
-                f"There is no previous version in '{self.root}' to go back to. Promote another one by name: {_advice(self.versions())}"
+                f"There is no previous version in '{self.where}' to go back to. Promote another one by name: {_advice(self.versions())}"
             )
         return self.promote(target)
 

@@ -36,7 +36,7 @@ class RemoteRegistry(Registry):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(location.encode()).hexdigest()[:16]
         super().__init__(cache or home / "rayfunnel" / f"registry-{name}")
-        self.location = redact(location)
+        self.where = redact(location)
         self._fs, self._path = _filesystem(location)
 
     def versions(self) -> list[str]:
@@ -49,7 +49,7 @@ class RemoteRegistry(Registry):
     def aliases(self) -> dict[str, str]:
         """Alias -> version: one small read."""
         text = self._text(f"{self._path}/aliases.json")
-        return {} if text is None else parse_aliases(text, f"{self.location}/aliases.json")
+        return {} if text is None else parse_aliases(text, f"{self.where}/aliases.json")
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a version, by way of the cache."""
@@ -98,7 +98,7 @@ class RemoteRegistry(Registry):
                 self._fs.delete_dir(target)
             _remove(folder)
             raise BundleError(
-                f"Uploading {version} to '{self.location}' failed ({redact(str(error))}). Nothing was published. Check access, then publish again."
+                f"Uploading {version} to '{self.where}' failed ({redact(str(error))}). Nothing was published. Check access, then publish again."
             ) from error
         return version
 
@@ -129,7 +129,7 @@ class RemoteRegistry(Registry):
             raise
         except OSError as error:
             raise BundleError(
-                f"The registry '{self.location}' does not answer ({redact(str(error))}). Check the address and your access to it."
+                f"The registry '{self.where}' does not answer ({redact(str(error))}). Check the address and your access to it."
             ) from error
 
 
