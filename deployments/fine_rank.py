@@ -1,0 +1,23 @@
+"""The fine ranking stage as a deployment: the ranker with every feature, for candidates and for given items."""
+
+from __future__ import annotations
+
+from deployments.stage import Stage, needed
+from recsys.core import Candidates, Queries
+from recsys.funnel import Funnel
+
+
+class FineRank(Stage):
+    """Scores candidates; user features are computed once per query."""
+
+    loads = ("coarse_rank", "fine_rank")  # given items (/v1/rank) pass the coarse stage on their way, like recalled ones
+
+    @staticmethod
+    def take(funnel: Funnel, queries: Queries, candidates: Candidates | None) -> Candidates:
+        """Candidates in fine order."""
+        return funnel.fine_rank(queries, needed(candidates))
+
+    async def rank(self, version: str, queries: Queries, item_ids: list[list[str]], left_ms: float) -> Candidates:
+        """Given items in fine order; unknown ones are left out."""
+        funnel = self.rollout.funnel(version)
+        return await self.in_time(lambda: funnel.rank(queries, item_ids), left_ms)

@@ -1,0 +1,105 @@
+"""The gateway deployment: the HTTP edge, the stages that run inside it, and the handles of those that do not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.redis_store import RedisStore
+from cluster.registry import open_registry
+from deployments.edge import Edge
+from deployments.monitoring import ServeMonitor
+from deployments.rollout import Rollout, loader
+from deployments.service import Service
+from deployments.stage import pin_threads
+from deployments.store_owner import url_of
+from recsys.config import Config
+from recsys.core import Candidates, Queries
+from recsys.funnel import STAGES
+
+log = logging.getLogger(__name__)
+
+READY_S = 5.0
+"""How long all replicas of a stage may take to say which versions they hold."""
+
+
+class Handles:
+    """The stages of their own deployment, as the calls that the service makes. Arrays travel by value: ids and scores only."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
+        # Plain pickle: cloudpickle looks at every object for code to take along, and there is none.
+        self._handles = {name: h.options(request_serialization="pickle", response_serialization="pickle") for name, h in handles.items()}
+
+    def call(self, name: str) -> Any:
+        """The stage's StageCall."""
+        handle = self._handles[name]
+
+        def run(version: str, queries: Queries, candidates: Candidates | None, left_s: float) -> Awaitable[Candidates]:
+            found: Awaitable[Candidates] = handle.run.remote(version, queries, candidates, 1000 * left_s)
+            return found
+
+        return run
+
+    def rank(self, version: str, queries: Queries, item_ids: list[list[str]], left_s: float) -> Awaitable[Candidates]:
+        """The fine stage over given items."""
+        found: Awaitable[Candidates] = self._handles["fine_rank"].rank.remote(version, queries, item_ids, 1000 * left_s)
+        return found
+
+    def similar(self, version: str, item_id: str, k: int, left_s: float) -> Awaitable[list[tuple[str, float]]]:
+        """An item's neighbours, by the recall stage."""
+        found: Awaitable[list[tuple[str, float]]] = self._handles["recall"].similar.remote(version, item_id, k, 1000 * left_s)
+        return found
+
+    async def why_not(self, version: str) -> str | None:
+        """Why the stages cannot serve a version yet; None where every replica of each holds it."""
+        for name, handle in self._handles.items():
+            for said in await handle.broadcast("holds", version).results_async(timeout_s=READY_S, return_exceptions=True):
+                if said:
+                    return f"{name}: {said}"
+        return None
+
+
+@serve.ingress()
+class Gateway:
+    """One replica of the HTTP API."""
+
+    def __init__(self, config: Config, handles: dict[str, DeploymentHandle], store: DeploymentHandle | None) -> None:
+        pin_threads(config.serve.stages.gateway.threads)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._config, self._owner, self._handles = config, store, Handles(handles)
+        here = tuple(name for name in STAGES if name not in handles)
+        self._rollout = Rollout(
+            open_registry(config.place("registry")),
+            loader(*here),
+            poll_s=config.serve.registry_poll_s,
+            ready=self._why_not if handles else None,
+        )
+        self._rollout.start()
+        self._service = Service(
+            config.serve,
+            self._rollout,
+            RedisStore(url_of(config), history=config.history),
+            elsewhere={name: self._handles.call(name) for name in handles},
+            rank_elsewhere=self._handles.rank if "fine_rank" in handles else None,
+            similar_elsewhere=self._handles.similar if "recall" in handles else None,
+            monitor=ServeMonitor(),
+        )
+
+    def __serve_build_asgi_app__(self) -> Edge:
+        return Edge(self._service)
+
+    async def check_health(self) -> None:
+        """Called by Serve. Raises where the registry is no longer watched."""
+        self._loop = asyncio.get_running_loop()
+        if not self._rollout.alive:
+            raise RuntimeError("The rollout watcher has ended.")
+
+    def _why_not(self, version: str) -> str | None:
+        if self._loop is None:
+            return "the gateway is starting"
+        return asyncio.run_coroutine_threadsafe(self._handles.why_not(version), self._loop).result(2 * READY_S)

@@ -1,0 +1,23 @@
+"""The recall stage as a deployment: all channels and their merge, and an item's neighbours."""
+
+from __future__ import annotations
+
+from deployments.stage import Stage
+from recsys.core import Candidates, Queries
+from recsys.funnel import Funnel
+
+
+class Recall(Stage):
+    """Recalls candidates for a batch of queries."""
+
+    loads = ("recall",)
+
+    @staticmethod
+    def take(funnel: Funnel, queries: Queries, candidates: Candidates | None) -> Candidates:  # noqa: ARG004  one shape for all stages
+        """Candidates are ignored: recall is where they come from."""
+        return funnel.recall(queries)
+
+    async def similar(self, version: str, item_id: str, k: int, left_ms: float) -> list[tuple[str, float]]:
+        """The k nearest items. Raises RequestError for an unknown item."""
+        funnel = self.rollout.funnel(version)
+        return await self.in_time(lambda: funnel.similar(item_id, k), left_ms)

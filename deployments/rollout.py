@@ -1,0 +1,173 @@
+"""Which bundle versions a process holds: it watches the registry's aliases, loads what is promoted, refuses what is broken.
+
+Loading happens in a thread of its own and a loaded version is swapped in by one assignment, so no request waits for it.
+The versions of before stay: a request keeps the version it was given until its answer is out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.registry import Registry
+from recsys.bundle import read_manifest
+from recsys.errors import BundleError, RayfunnelError, VersionAbsentError
+from recsys.funnel import Funnel, FunnelRequest
+
+log = logging.getLogger(__name__)
+
+HELD = 3
+"""Versions that a process keeps: the serving one, its predecessor, and a canary or the one before."""
+
+Load = Callable[[Path], Funnel]
+Ready = Callable[[str], str | None]
+
+
+class Rollout:
+    """The versions of one process. `current` answers requests that name none.
+
+    `load(folder)` reads a verified bundle. `ready(version)` says why the rest of the service cannot serve it yet (None: it
+    can): a gateway switches only when every stage of its own deployment holds the version.
+    """
+
+    def __init__(self, registry: Registry, load: Load, *, poll_s: float, ready: Ready | None = None) -> None:
+        self._registry, self._load, self._poll_s, self._ready = registry, load, poll_s, ready
+        self._held: dict[str, Funnel] = {}
+        self._stop = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._waiting: tuple[str, float] = ("", 0.0)
+        self.current = ""
+        self.aliases: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+
+    # ---- what is held ---------------------------------------------------------------------------------------------
+
+    def funnel(self, version: str | None = None) -> Funnel:
+        """The funnel of a version (default: the current one). Raises VersionAbsentError."""
+        held, name = self._held, version or self.current
+        if name not in held:
+            raise VersionAbsentError(
+                f"Version '{name}' is not held here. Held: {', '.join(held) or 'none'}. Ask again, or ask for one of these."
+            )
+        return held[name]
+
+    @property
+    def held(self) -> list[str]:
+        """The versions in memory, the current one first, then the youngest."""
+        names = list(self._held)
+        return [n for n in (self.current,) if n in names] + [n for n in reversed(names) if n != self.current]
+
+    # ---- watching -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load production (or previous, where production is refused), then watch. Raises BundleError where neither can serve."""
+        self.aliases = self._registry.aliases()
+        for alias in ("production", "previous"):
+            version = self.aliases.get(alias)
+            if version is not None and self._take(version):
+                self.current = version
+                break
+        else:
+            why = "; ".join(self.refused.values()) or "the registry has no production version"
+            raise BundleError(f"There is nothing to serve: {why}. Train and promote a version first: rayfunnel train, rayfunnel promote.")
+        self._watcher = threading.Thread(target=self._watch, name="rollout", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Stop watching; what is held stays."""
+        self._stop.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the watcher runs; a process without one would serve an old version for ever."""
+        return self._watcher is not None and self._watcher.is_alive()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            try:
+                self.poll()
+            except (RayfunnelError, OSError):
+                log.exception("The registry could not be read; version %s keeps serving.", self.current)
+
+    def poll(self) -> None:
+        """Look at the aliases once: load what is new, switch to a production version that is ready, let go of what is old."""
+        aliases = self._registry.aliases()
+        for version in set(self.refused) - set(aliases.values()):
+            del self.refused[version]  # it may come back mended
+        self.aliases = aliases
+        wanted = list(dict.fromkeys(v for a in ("production", "canary", "previous") if (v := aliases.get(a))))
+        for version in wanted:
+            self._take(version)
+            if version == aliases.get("production"):
+                self._switch(version)
+        self._let_go(wanted)
+
+    def _switch(self, version: str) -> None:
+        if version == self.current or version not in self._held:
+            return
+        why = self._ready(version) if self._ready is not None else None
+        if why is None:
+            log.info("version %s serves, after %s", version, self.current)
+            self.current = version
+            self._waiting = ("", 0.0)
+        elif self._waiting[0] != version or time.monotonic() - self._waiting[1] > 10:
+            self._waiting = (version, time.monotonic())
+            log.warning("Version %s waits: %s. %s keeps serving.", version, why, self.current)
+
+    def _take(self, version: str) -> bool:
+        if version in self._held:
+            return True
+        if version in self.refused:
+            return False
+        started = time.perf_counter()
+        try:
+            funnel = self._load(self._registry.local_copy(version))
+        except Exception as error:
+            self.refused[version] = str(error) or type(error).__name__
+            log.exception("Version %s is refused; %s keeps serving.", version, self.current or "nothing")
+            return False
+        self._held = {**self._held, version: funnel}
+        log.info("version %s loaded in %.1f s", version, time.perf_counter() - started)
+        return True
+
+    def _let_go(self, wanted: list[str]) -> None:
+        keep = dict.fromkeys([self.current, *wanted])
+        for version in reversed(self._held):  # youngest first
+            if len(keep) >= HELD:
+                break
+            keep[version] = None
+        self._held = {v: f for v, f in self._held.items() if v in keep}
+
+
+def loader(*stages: str) -> Load:
+    """Reads the given stages of a verified bundle, checks that its schema is the one it claims, and warms it up."""
+
+    def load(folder: Path) -> Funnel:
+        funnel = Funnel.load(folder, stages=stages)
+        claimed = read_manifest(folder).schema_hash
+        if claimed and claimed != funnel.space.schema_hash:
+            raise BundleError(
+                f"Bundle '{folder}' claims schema {claimed[:12]}, its features are of schema {funnel.space.schema_hash[:12]}. Publish it again."
+            )
+        warm(funnel, stages)
+        return funnel
+
+    return load
+
+
+def warm(funnel: Funnel, stages: tuple[str, ...]) -> None:
+    """Answer one request, so that the first caller does not pay for page faults and lazy set-up; a bundle that cannot is refused."""
+    queries = funnel.queries(
+        [FunnelRequest(user_id=u, k=10, at=time.time()) for u in ("", *funnel.users.outside(range(min(1, len(funnel.users)))))]
+    )
+    candidates = funnel.popular(queries)
+    if {"recall", "coarse_rank", "fine_rank", "rerank"} <= set(stages):
+        candidates = funnel.recommend(queries)
+    elif "recall" in stages:
+        candidates = funnel.recall(queries)
+    elif "fine_rank" in stages:
+        candidates = funnel.rank(queries, [[i.item_id for i in page] for page in funnel.page(queries, candidates)])
+    funnel.page(queries, candidates)

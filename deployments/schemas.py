@@ -1,0 +1,274 @@
+"""The bodies of the HTTP API: what a request may hold, what an answer holds, and how a fault is put into a sentence."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from deployments.resilience import Reason, Rung
+from recsys.core import canonical_id
+from recsys.errors import RequestError
+from recsys.features.store import NewEvent, event_identity
+from recsys.serve_config import LimitsConfig
+
+FUTURE_S = 300.0
+"""How far ahead of our clock an event may be: clocks differ, but a click of tomorrow is a fault."""
+EXCLUDE = 1_000
+"""Most ids of one `exclude`."""
+
+
+def _outside_id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise PydanticCustomError("wrong_type", "expected a string or an integer")
+    found = canonical_id(value)
+    if not found:
+        raise PydanticCustomError("empty_id", "an id must not be empty")
+    return found
+
+
+def _scalars(value: Any) -> Any:
+    """Raw feature values: numbers, strings, booleans, null, or lists of them."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("wrong_type", "expected an object")
+    for name, one in value.items():
+        for x in one if isinstance(one, list) else (one,):
+            if isinstance(x, dict | list):
+                raise PydanticCustomError(
+                    "wrong_type", "'{name}' must be a number, a string, a boolean, null, or a list of these", {"name": name}
+                )
+            if isinstance(x, int) and abs(x) > 2**53:
+                raise PydanticCustomError("wrong_type", "'{name}' is a number beyond 2^53; send it as a string", {"name": name})
+    return value
+
+
+Id = Annotated[str, BeforeValidator(_outside_id, json_schema_input_type=str | int)]
+Scalars = Annotated[dict[str, Any], BeforeValidator(_scalars)]
+
+
+class Body(BaseModel):
+    """Base of the request bodies: a field that is not known is a fault, so that a misspelt one is noticed."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class RecommendBody(Body):
+    """POST /v1/recommend."""
+
+    user_id: Id
+    """The user, known or not. 196 and "196" are one user."""
+    k: int = Field(default=10, strict=True)
+    """How many items, 1 to 1,000."""
+    context: Scalars = {}
+    """Raw values of context columns, as device or page."""
+    features: Scalars = {}
+    """Raw values of user columns; they override what is known of the user."""
+    exclude: list[Id] = []
+    """Items that must not come back; unknown ids are ignored."""
+    explain: bool = False
+    """Add each item's rank and score at every stage."""
+    request_id: Id | None = None
+    """Echoed in the answer; made up if absent."""
+    timeout_ms: float | None = Field(default=None, gt=0)
+    """A sooner deadline than the service's own."""
+
+
+class RankBody(Body):
+    """POST /v1/rank."""
+
+    user_id: Id
+    """The user, known or not."""
+    item_ids: list[Id]
+    """The items to score, at most 1,000; unknown ones are left out of the answer."""
+    context: Scalars = {}
+    """Raw values of context columns."""
+    features: Scalars = {}
+    """Raw values of user columns; they override what is known of the user."""
+    explain: bool = False
+    """Add each item's rank and score at every stage."""
+    request_id: Id | None = None
+    """Echoed in the answer; made up if absent."""
+    timeout_ms: float | None = Field(default=None, gt=0)
+    """A sooner deadline than the service's own."""
+
+
+class EventBody(Body):
+    """One event of POST /v1/events, which takes one or a list."""
+
+    user_id: Id
+    """Who."""
+    item_id: Id
+    """What; an item that no bundle knows yet is kept all the same."""
+    event: Annotated[str, Field(min_length=1, max_length=64)]
+    """view, click, like, share, purchase, rating, impression, or a name of your own."""
+    event_id: Id | None = None
+    """Makes a retry harmless; made from user, item, event and time if absent."""
+    time: str | int | float | None = None
+    """ISO 8601 or Unix milliseconds; now if absent."""
+    value: float | None = None
+    """A rating, a price, seconds watched."""
+    request_id: Id | None = None
+    """The recommendation that the event answers."""
+    context: Scalars = {}
+    """Anything else worth keeping in the log."""
+
+
+class Item(BaseModel):
+    """One item of a page."""
+
+    item_id: str
+    score: float
+    sources: list[str]
+    title: str | None = None
+    explain: dict[str, Any] | None = None
+
+
+class Fallback(BaseModel):
+    """A stage that something lesser stood in for."""
+
+    stage: str
+    rung: Rung
+    reason: Reason
+
+
+class Page(BaseModel):
+    """The answer of /v1/recommend and /v1/rank."""
+
+    request_id: str
+    items: list[Item]
+    model_version: str
+    variant: str
+    degraded: list[Fallback]
+    timings_ms: dict[str, float]
+
+
+class Rejected(BaseModel):
+    """An event that was not taken, and why."""
+
+    index: int
+    code: str
+    message: str
+
+
+class Accepted(BaseModel):
+    """The answer of /v1/events; what it counts as accepted is on disk."""
+
+    accepted: int
+    duplicates: int
+    rejected: list[Rejected]
+
+
+class Fault(BaseModel):
+    """What went wrong."""
+
+    code: str
+    message: str
+    field: str | None = None
+    request_id: str
+
+
+class FaultAnswer(BaseModel):
+    """The body of every 4xx and 5xx."""
+
+    error: Fault
+
+
+RECOMMEND = TypeAdapter(RecommendBody)
+RANK = TypeAdapter(RankBody)
+EVENT = TypeAdapter(EventBody)
+
+
+def parsed(adapter: TypeAdapter[Any], raw: bytes) -> Any:
+    """A body from JSON bytes. Raises RequestError with the first fault."""
+    try:
+        return adapter.validate_json(raw)
+    except ValidationError as error:
+        raise fault(error) from None
+
+
+def fault(error: ValidationError) -> RequestError:
+    """A validation error as a code, a sentence and the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    kind, where = first["type"], ".".join(str(part) for part in first["loc"] if part != "function-before")
+    if kind == "json_invalid":
+        return RequestError("malformed_json", f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}.", status=400)
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    if kind == "missing":
+        return RequestError("missing_field", f"'{where}' is required.", field=where)
+    if kind == "extra_forbidden":
+        return RequestError("unknown_field", f"'{where}' is not a field of this request. See /docs for those that are.", field=where)
+    code = (
+        kind
+        if kind in {"empty_id", "wrong_type"}
+        else "invalid_value"
+        if kind.startswith(("greater", "less", "string_too", "too_"))
+        else "wrong_type"
+    )
+    subject = f"'{where}'" if where else "The body"
+    return RequestError(code, f"{subject}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {shown}.", field=where or None)
+
+
+def check_id(name: str, value: str, limits: LimitsConfig) -> None:
+    """Raises RequestError where an id is longer than the service takes."""
+    if len(value) > limits.id_bytes or len(value.encode()) > limits.id_bytes:
+        raise RequestError("id_too_long", f"'{name}' has {len(value.encode())} bytes; at most {limits.id_bytes} are taken.", field=name)
+
+
+def check_ids(name: str, values: Sequence[str], limits: LimitsConfig, most: int) -> None:
+    """Raises RequestError where a list of ids is too long, or one of them is."""
+    if len(values) > most:
+        raise RequestError("too_many_items", f"'{name}' has {len(values)} ids; at most {most} are taken.", field=name)
+    for value in values:
+        check_id(name, value, limits)
+
+
+def check_k(k: int, limits: LimitsConfig) -> None:
+    """Raises RequestError where k is out of range."""
+    if not 1 <= k <= limits.k:
+        raise RequestError("k_out_of_range", f"'k' must be between 1 and {limits.k}, got {k}.", field="k")
+
+
+def event_of(raw: Any, limits: LimitsConfig, now_s: float) -> NewEvent:
+    """One event of a parsed body. Raises RequestError with the reason for its rejection."""
+    try:
+        body = EVENT.validate_python(raw)
+    except ValidationError as error:
+        raise fault(error) from None
+    for name, value in (("user_id", body.user_id), ("item_id", body.item_id), ("event_id", body.event_id), ("request_id", body.request_id)):
+        if value is not None:
+            check_id(name, value, limits)
+    if body.value is not None and not math.isfinite(body.value):
+        raise RequestError("invalid_value", f"'value' must be a finite number, got {body.value}.", field="value")
+    time_ms = _time_ms(body.time, now_s)
+    identity = body.event_id or event_identity(body.user_id, body.item_id, body.event, time_ms)
+    return NewEvent(body.user_id, body.item_id, body.event, time_ms, body.value, identity, body.request_id, body.context)
+
+
+def _time_ms(given: str | float | None, now_s: float) -> int:
+    if given is None:
+        return int(now_s * 1000)
+    if isinstance(given, str):
+        try:
+            at = datetime.fromisoformat(given)
+        except ValueError:
+            raise RequestError("bad_time", f"'time' must be ISO 8601 or Unix milliseconds, got '{given[:40]}'.", field="time") from None
+        seconds = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    else:
+        seconds = given / 1000
+    if not 0 <= seconds <= now_s + FUTURE_S:
+        why = "lies in the future" if seconds > now_s else "lies before 1970"
+        raise RequestError(
+            "future_time" if seconds > now_s else "bad_time", f"'time' {why}: {given!r}. Send ISO 8601 or Unix milliseconds.", field="time"
+        )
+    return int(seconds * 1000)
+
+
+def unix_now() -> float:
+    """Unix seconds; one place, so that a test can stop the clock."""
+    return time.time()

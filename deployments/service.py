@@ -1,0 +1,295 @@
+"""What the gateway does with a request once HTTP is out of the way: batches it, sends it down the ladder, stores events.
+
+Nothing here knows of Ray or of HTTP, so that all of it is tested as plain Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import orjson
+
+from deployments.batching import MicroBatcher
+from deployments.ladder import Answer, Ladder, Row, StageCall
+from deployments.monitoring import Monitor
+from deployments.resilience import Deadline, Degraded, called_twice, reason_of
+from deployments.rollout import Rollout
+from deployments.schemas import EXCLUDE, RANK, RECOMMEND, RankBody, RecommendBody, check_id, check_ids, check_k, event_of, parsed, unix_now
+from recsys.core import Candidates, Queries
+from recsys.errors import RequestError, VersionAbsentError
+from recsys.features.store import FeatureStore, NewEvent, UserState
+from recsys.funnel import Funnel, FunnelRequest, PageItem
+from recsys.serve_config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+PRODUCTION = "production"
+AT_ONCE = {True: 2, False: 6}
+"""Micro-batches under way at once, by whether all stages are here. Here they share the interpreter, and a second one only
+hides the wait for the store; elsewhere a batch mostly waits for other processes."""
+
+
+class RankCall(Protocol):
+    """The fine stage over given items, elsewhere."""
+
+    def __call__(self, version: str, queries: Queries, item_ids: list[list[str]], left_s: float) -> Awaitable[Candidates]: ...
+
+
+class SimilarCall(Protocol):
+    """An item's neighbours, elsewhere."""
+
+    def __call__(self, version: str, item_id: str, k: int, left_s: float) -> Awaitable[list[tuple[str, float]]]: ...
+
+
+class Service:
+    """The gateway of one process. `elsewhere` are the stages of their own deployment; all others run in this process."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        rollout: Rollout,
+        store: FeatureStore,
+        *,
+        elsewhere: Mapping[str, StageCall] | None = None,
+        rank_elsewhere: RankCall | None = None,
+        similar_elsewhere: SimilarCall | None = None,
+        monitor: Monitor | None = None,
+    ) -> None:
+        self.config, self.rollout, self.store = config, rollout, store
+        self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
+        self._monitor = monitor or Monitor()
+        at_once = AT_ONCE[not elsewhere]
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="funnel")
+        self._ladder = Ladder(
+            read_states=self._read_states,
+            elsewhere=elsewhere or {},
+            timeouts_ms=config.timeouts_ms,
+            executor=self._pool,
+            on_batch=self._monitor.batch,
+        )
+        self._batcher: MicroBatcher[Row] = MicroBatcher(
+            self._run, max_size=config.micro_batch.max_size, wait_s=config.micro_batch.wait_ms / 1000, at_once=at_once
+        )
+
+    # ---- recommend ------------------------------------------------------------------------------------------------
+
+    async def recommend(self, raw: bytes, request_id: str) -> bytes:
+        """The answer of POST /v1/recommend as JSON. Raises RequestError."""
+        started = time.perf_counter()
+        body: RecommendBody = parsed(RECOMMEND, raw)
+        limits = self.config.limits
+        check_k(body.k, limits)
+        self._check(body)
+        check_ids("exclude", body.exclude, limits, EXCLUDE)
+        funnel = self.rollout.funnel()
+        request = FunnelRequest(
+            body.user_id, body.k, unix_now(), context=body.context, profile=body.features, exclude=body.exclude, explain=body.explain
+        )
+        answer = await self._answered(funnel, request, self._deadline(body.timeout_ms))
+        self._monitor.request("recommend", time.perf_counter() - started)
+        return _shown(answer, body.request_id or request_id, started)
+
+    async def _answered(self, funnel: Funnel, request: FunnelRequest, deadline: Deadline) -> Answer:
+        loop = asyncio.get_running_loop()
+        row = Row(request, deadline, loop.create_future())
+        # What shares a batch shares the version, the depth of its stages and whether ranks are noted on the way.
+        self._batcher.put((funnel.version, funnel.lane(request.k), request.explain), row)
+        timer = loop.call_later(deadline.left_s, self._ladder.answer_early, row, funnel)
+        try:
+            return await row.answer
+        finally:
+            timer.cancel()
+
+    async def _run(self, lane: Hashable, rows: list[Row]) -> None:
+        version = lane[0] if isinstance(lane, tuple) else ""
+        held = [version, *(v for v in self.rollout.held if v != version)]
+        funnels = []
+        for name in held:
+            try:
+                funnels.append(self.rollout.funnel(name))
+            except VersionAbsentError:  # let go of between the request and its batch
+                continue
+        await self._ladder.recommend(funnels, rows)
+
+    async def _read_states(self, user_ids: Sequence[str]) -> list[UserState]:
+        return await self.store.read(user_ids, timeout_s=self.config.timeouts_ms.user_state / 1000)
+
+    # ---- rank -----------------------------------------------------------------------------------------------------
+
+    async def rank(self, raw: bytes, request_id: str) -> bytes:
+        """The answer of POST /v1/rank as JSON: the given items that are known, by fine score. Raises RequestError."""
+        started = time.perf_counter()
+        body: RankBody = parsed(RANK, raw)
+        self._check(body)
+        if not body.item_ids:
+            raise RequestError("empty_list", "'item_ids' holds no item. Send at least one.", field="item_ids")
+        check_ids("item_ids", body.item_ids, self.config.limits, self.config.limits.k)
+        request = FunnelRequest(
+            body.user_id, len(body.item_ids), unix_now(), context=body.context, profile=body.features, explain=body.explain
+        )
+        answer = await self._ranked(request, body.item_ids, self._deadline(body.timeout_ms))
+        self._monitor.request("rank", time.perf_counter() - started)
+        return _shown(answer, body.request_id or request_id, started)
+
+    async def _ranked(self, request: FunnelRequest, item_ids: list[str], deadline: Deadline) -> Answer:
+        timings: dict[str, float] = {}
+        row = Row(request, deadline, asyncio.get_running_loop().create_future())
+        degraded = await self._ladder.fill_states([row], timings)
+        error: Exception = VersionAbsentError("No version is held.")
+        for version in self.rollout.held:
+            funnel, begun = self.rollout.funnel(version), time.perf_counter()
+            try:
+                items = await self._ranked_under(funnel, request, item_ids, deadline)
+            except VersionAbsentError as absent:
+                error = absent
+                continue
+            except Exception as caught:  # noqa: BLE001  whatever the fine stage meets, the caller gets the items in the order given
+                log.warning("The fine stage did not rank the given items: %s", caught or type(caught).__name__)
+                error = caught
+                break
+            timings["fine_rank"] = 1000 * (time.perf_counter() - begun)
+            return Answer(items, version, degraded, timings)
+        funnel = self.rollout.funnel()
+        known = [i for i in dict.fromkeys(item_ids) if funnel.items.row(i) >= 0]
+        given = [PageItem(i, 0.0, [], None, None) for i in known]
+        return Answer(given, funnel.version, (*degraded, Degraded("fine_rank", "recall_order", reason_of(error))), timings)
+
+    async def _ranked_under(self, funnel: Funnel, request: FunnelRequest, item_ids: list[str], deadline: Deadline) -> list[PageItem]:
+        queries = await self._in_thread(lambda: funnel.queries([request]), deadline)
+        elsewhere = self._rank_elsewhere
+        if elsewhere is None:
+            candidates = await self._in_thread(lambda: funnel.rank(queries, [item_ids]), deadline)
+        else:
+            candidates = await called_twice(lambda left_s: elsewhere(funnel.version, queries, [item_ids], left_s), deadline)
+        return funnel.page(queries, candidates)[0]
+
+    # ---- similar --------------------------------------------------------------------------------------------------
+
+    async def similar(self, item_id: str, k: int, request_id: str) -> bytes:
+        """The answer of GET /v1/items/{id}/similar as JSON. Raises RequestError (404 for an unknown item)."""
+        check_id("item_id", item_id, self.config.limits)
+        check_k(k, self.config.limits)
+        funnel, deadline = self.rollout.funnel(), self._deadline(None)
+        if funnel.items.row(item_id) < 0:
+            raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {funnel.version}.", field="item_id", status=404)
+        elsewhere = self._similar_elsewhere
+        try:
+            if elsewhere is None:
+                found = await self._in_thread(lambda: funnel.similar(item_id, k), deadline)
+            else:
+                found = await called_twice(lambda left_s: elsewhere(funnel.version, item_id, k, left_s), deadline)
+        except RequestError:
+            raise
+        except Exception as error:
+            log.warning("Neighbours of an item are not to be had: %s", error or type(error).__name__)
+            raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
+        items = [{"item_id": i, "score": s} for i, s in found]
+        return orjson.dumps({"request_id": request_id, "item_id": item_id, "items": items, "model_version": funnel.version})
+
+    # ---- events ---------------------------------------------------------------------------------------------------
+
+    async def events(self, raw: bytes) -> bytes:
+        """The answer of POST /v1/events as JSON, after the accepted ones are on disk. Raises RequestError, StoreUnavailableError."""
+        started = time.perf_counter()
+        # 10,000 events take tens of milliseconds to check: too long for the event loop.
+        large = len(raw) > 32_768
+        events, rejected = await asyncio.to_thread(self._checked, raw) if large else self._checked(raw)
+        accepted = duplicates = 0
+        if events:
+            result = await self.store.append(events)
+            accepted, duplicates = result.accepted, result.duplicates
+        self._monitor.events(accepted, duplicates, len(rejected), self._strangers(events))
+        self._monitor.request("events", time.perf_counter() - started)
+        return orjson.dumps({"accepted": accepted, "duplicates": duplicates, "rejected": rejected})
+
+    def _checked(self, raw: bytes) -> tuple[list[NewEvent], list[dict[str, Any]]]:
+        """What may be stored, and the rejections. One event that came alone is refused as a whole."""
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise RequestError("malformed_json", f"The body is not valid JSON: {error}.", status=400) from None
+        rows = body if isinstance(body, list) else [body]
+        if not rows:
+            raise RequestError("empty_list", "The list holds no event. Send at least one.")
+        if len(rows) > (most := self.config.limits.events_per_call):
+            raise RequestError("too_many_events", f"{len(rows)} events came; at most {most} are taken in one call. Send them in parts.")
+        events: list[NewEvent] = []
+        rejected: list[dict[str, Any]] = []
+        now_s = unix_now()
+        for index, row in enumerate(rows):
+            try:
+                events.append(event_of(row, self.config.limits, now_s))
+            except RequestError as error:
+                rejected.append({"index": index, "code": error.code, "message": str(error)})
+        if not isinstance(body, list) and rejected:
+            raise RequestError(rejected[0]["code"], rejected[0]["message"])
+        return events, rejected
+
+    def _strangers(self, events: Sequence[NewEvent]) -> int:
+        items = self.rollout.funnel().items
+        return sum(items.row(e.item_id) < 0 for e in events[:100])
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def version(self) -> dict[str, Any]:
+        """The body of GET /v1/version."""
+        rollout = self.rollout
+        return {
+            "version": rollout.current,
+            "aliases": rollout.aliases,
+            "held": rollout.held,
+            "refused": rollout.refused,
+            "topology": self.config.topology.model_dump(),
+            "data_plane": self.config.data_plane,
+        }
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        """Run blocking work beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def _in_thread(self, work: Callable[[], Any], deadline: Deadline) -> Any:
+        return await asyncio.wait_for(self.in_thread(work), deadline.left_s)
+
+    def _deadline(self, wanted_ms: float | None) -> Deadline:
+        return Deadline.after(min(wanted_ms or self.config.deadline_ms, self.config.deadline_ms) / 1000)
+
+    def _check(self, body: RecommendBody | RankBody) -> None:
+        check_id("user_id", body.user_id, self.config.limits)
+        if body.request_id is not None:
+            check_id("request_id", body.request_id, self.config.limits)
+
+    async def close(self) -> None:
+        """Finish what is under way."""
+        await self._batcher.drain()
+        self.rollout.stop()
+        self._pool.shutdown(wait=False)
+        await self.store.close()
+
+
+def _shown(answer: Answer, request_id: str, started: float) -> bytes:
+    timings = {name: round(ms, 3) for name, ms in answer.timings.items()}
+    timings["total"] = round(1000 * (time.perf_counter() - started), 3)
+    return orjson.dumps(
+        {
+            "request_id": request_id,
+            "items": [_item(item) for item in answer.items],
+            "model_version": answer.version,
+            "variant": PRODUCTION,
+            "degraded": [note.shown() for note in answer.degraded],
+            "timings_ms": timings,
+        }
+    )
+
+
+def _item(item: PageItem) -> dict[str, Any]:
+    shown: dict[str, Any] = {"item_id": item.item_id, "score": item.score, "sources": item.sources}
+    if item.title is not None:
+        shown["title"] = item.title
+    if item.explain is not None:
+        shown["explain"] = item.explain
+    return shown

@@ -1,0 +1,52 @@
+"""What all tests share: the environment that Ray must see before it is imported, and one small cluster for the session."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.runtime import serving_environment
+from recsys.serve_config import ServeConfig
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+HTTP_PORT = free_port()
+ENVIRONMENT = serving_environment(ServeConfig(port=HTTP_PORT)) | {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    # A port of a killed replica would else rest for 150 s; the tests kill more of them than there is patience.
+    "RAY_SERVE_PORT_QUARANTINE_S": "1",
+    # Replicas and workers import the tests' own stand-ins.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])),
+}
+os.environ.update(ENVIRONMENT)
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The session's Ray, started when the first test asks. Gives the base URL of Serve's HTTP port (nothing is deployed yet).
+
+    Tests deploy applications by name and delete them; nobody calls `ray stop`, which ends every Ray of the machine.
+    """
+    from cluster.runtime import start_ray
+
+    start_ray(num_cpus=8, env=ENVIRONMENT)
+    yield f"http://127.0.0.1:{HTTP_PORT}"
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()

@@ -1,0 +1,388 @@
+"""Every request gets an answer in the one shape, whatever it holds; spoken over ASGI, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import orjson
+import pytest
+
+from deployments.edge import Edge
+from deployments.rollout import Rollout
+from deployments.service import Service
+from recsys.errors import StoreUnavailableError
+from recsys.features.store import AppendResult, MemoryStore, NewEvent, UserState
+from recsys.serve_config import ServeConfig
+from tests.deployments.standin import StandIn, StandInRegistry
+
+V1 = "v000001-aaaaaaaa"
+
+
+class Heard:
+    """An answer."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+
+async def speak(edge: Edge, method: str, path: str, body: bytes = b"", *, headers: dict[str, str] | None = None, query: str = "") -> Heard:
+    """One request as a server would hand it on, its body in pieces of 64 KiB."""
+    pieces = [body[a : a + 65536] for a in range(0, len(body), 65536)] or [b""]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+        "client": ("test", 1),
+        "server": ("test", 80),
+    }
+    await edge(scope, receive, send)
+    answered = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return Heard(sent[0]["status"], answered, b"".join(m.get("body", b"") for m in sent[1:]))
+
+
+class DownStore(MemoryStore):
+    """A store that is gone."""
+
+    async def append(self, events: Sequence[NewEvent]) -> AppendResult:
+        raise StoreUnavailableError("connection refused by redis://:secret@host")
+
+    async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:
+        raise StoreUnavailableError("connection refused")
+
+
+def talk(script: Callable[[Callable[..., Awaitable[Heard]]], Awaitable[Any]], *, funnel: StandIn | None = None, store: Any = None) -> Any:
+    """Run a conversation with an edge of its own."""
+
+    async def run() -> Any:
+        registry = StandInRegistry(**{V1: funnel or StandIn(V1)})
+        registry.named = {"production": V1}
+        rollout = Rollout(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
+        rollout.start()
+        edge = Edge(Service(ServeConfig(), rollout, store or MemoryStore()))
+        try:
+            return await script(lambda *a, **k: speak(edge, *a, **k))
+        finally:
+            rollout.stop()
+
+    return asyncio.run(run())
+
+
+def once(method: str, path: str, body: Any = b"", **given: Any) -> Heard:
+    """One request to a fresh edge."""
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    aside = {k: given.pop(k) for k in ("funnel", "store") if k in given}
+    heard: Heard = talk(lambda say: say(method, path, raw, **given), **aside)
+    return heard
+
+
+class TestRecommend:
+    def test_the_answer_has_the_documented_shape(self) -> None:
+        heard = once("POST", "/v1/recommend", {"user_id": "u1", "k": 2, "request_id": "r-1"})
+        assert heard.status == 200
+        assert heard.headers["content-type"] == "application/json"
+        timings = heard.json["timings_ms"]
+        assert set(timings) == {"user_state", "queries", "recall", "coarse_rank", "fine_rank", "rerank", "page", "total"}
+        assert {k: v for k, v in heard.json.items() if k != "timings_ms"} == {
+            "request_id": "r-1",
+            "items": [{"item_id": "i40", "score": 40.0, "sources": ["one"]}, {"item_id": "i42", "score": 42.0, "sources": ["one"]}],
+            "model_version": V1,
+            "variant": "production",
+            "degraded": [],
+        }
+
+    def test_196_and_its_text_are_one_user(self) -> None:
+        seen = []
+
+        class Noting(StandIn):
+            def queries(self, requests: Any) -> Any:
+                seen.extend(r.user_id for r in requests)
+                return super().queries(requests)
+
+        async def script(say: Any) -> None:
+            await say("POST", "/v1/recommend", b'{"user_id": 196}')
+            await say("POST", "/v1/recommend", b'{"user_id": " 196 "}')
+
+        talk(script, funnel=Noting(V1))
+        assert seen == ["196", "196"]
+
+    def test_exclude_and_explain_work(self) -> None:
+        heard = once("POST", "/v1/recommend", {"user_id": "u1", "k": 1, "exclude": ["i40", "nothing"], "explain": True})
+        assert heard.json["items"] == [{"item_id": "i42", "score": 42.0, "sources": ["one"], "explain": {"of": V1}}]
+
+    def test_an_unknown_user_gets_a_page(self) -> None:
+        heard = once("POST", "/v1/recommend", {"user_id": "nobody ever saw – пользователь/1"})
+        assert heard.status == 200
+        assert len(heard.json["items"]) == 10
+
+    def test_the_request_id_of_the_header_is_echoed(self) -> None:
+        heard = once("POST", "/v1/recommend", {"user_id": "u1"}, headers={"X-Request-Id": "from-outside"})
+        assert heard.json["request_id"] == "from-outside" == heard.headers["x-request-id"]
+
+    def test_requests_at_once_share_a_batch_and_keep_their_own_answers(self) -> None:
+        funnel = StandIn(V1)
+
+        async def script(say: Any) -> list[Heard]:
+            bodies = [{"user_id": f"u{n}", "k": n + 1} for n in range(8)]
+            return await asyncio.gather(*(say("POST", "/v1/recommend", orjson.dumps(b)) for b in bodies))
+
+        answers = talk(script, funnel=funnel)
+        assert [len(a.json["items"]) for a in answers] == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert funnel.batches == [8]
+
+    def test_a_client_that_leaves_cancels_nobody_else(self) -> None:
+        async def script(say: Any) -> tuple[Any, Heard]:
+            leaver = asyncio.create_task(say("POST", "/v1/recommend", b'{"user_id": "u1"}'))
+            stayer = asyncio.create_task(say("POST", "/v1/recommend", b'{"user_id": "u2"}'))
+            await asyncio.sleep(0.05)  # both are in one batch by now, whose recall takes 0.15 s
+            leaver.cancel()
+            return await asyncio.gather(leaver, return_exceptions=True), await stayer
+
+        [left], stayed = talk(script, funnel=StandIn(V1, slow_at="coarse_rank", slow_s=0.07))
+        assert isinstance(left, asyncio.CancelledError)
+        assert stayed.status == 200
+        assert stayed.json["degraded"] == []
+
+    def test_the_deadline_of_the_request_holds(self) -> None:
+        heard = once("POST", "/v1/recommend", {"user_id": "u1", "timeout_ms": 30}, funnel=StandIn(V1, slow_at="fine_rank", slow_s=0.15))
+        assert heard.status == 200
+        assert heard.json["degraded"] == [{"stage": "fine_rank", "rung": "coarse_order", "reason": "timeout"}]
+        assert heard.json["items"][0]["item_id"] == "i99"
+
+
+BAD_RECOMMEND: list[tuple[Any, int, str, str | None]] = [
+    ({"user_id": "u", "k": 0}, 422, "k_out_of_range", "k"),
+    ({"user_id": "u", "k": -1}, 422, "k_out_of_range", "k"),
+    ({"user_id": "u", "k": 1_000_000}, 422, "k_out_of_range", "k"),
+    ({"user_id": "u", "k": "ten"}, 422, "wrong_type", "k"),
+    ({"user_id": "u", "k": True}, 422, "wrong_type", "k"),
+    ({"user_id": "u", "k": 2.5}, 422, "wrong_type", "k"),
+    ({"k": 3}, 422, "missing_field", "user_id"),
+    ({"user_id": None}, 422, "wrong_type", "user_id"),
+    ({"user_id": ["u"]}, 422, "wrong_type", "user_id"),
+    ({"user_id": True}, 422, "wrong_type", "user_id"),
+    ({"user_id": "  "}, 422, "empty_id", "user_id"),
+    ({"user_id": "x" * 10_240}, 422, "id_too_long", "user_id"),
+    ({"user_id": "é" * 129}, 422, "id_too_long", "user_id"),  # 258 bytes
+    ({"user_id": "u", "usr": 1}, 422, "unknown_field", "usr"),
+    ({"user_id": "u", "context": "mobile"}, 422, "wrong_type", "context"),
+    ({"user_id": "u", "context": {"a": {"b": 1}}}, 422, "wrong_type", "context"),
+    ({"user_id": "u", "context": {"a": 2**63 - 1}}, 422, "wrong_type", "context"),
+    ({"user_id": "u", "exclude": "i1"}, 422, "wrong_type", "exclude"),
+    ({"user_id": "u", "exclude": ["i"] * 1_001}, 422, "too_many_items", "exclude"),
+    ({"user_id": "u", "request_id": "r" * 300}, 422, "id_too_long", "request_id"),
+    ({"user_id": "u", "timeout_ms": -5}, 422, "invalid_value", "timeout_ms"),
+    ([], 422, "wrong_type", None),
+    (b"", 400, "malformed_json", None),
+    (b"{", 400, "malformed_json", None),
+    (b"\xff\xfe", 400, "malformed_json", None),
+    (b"[" * 100_000, 400, "malformed_json", None),
+    (b'{"user_id": "\\ud800"}', 400, "malformed_json", None),
+    (b'{"user_id": "u", "k": ' + b"9" * 400 + b"}", 422, "k_out_of_range", "k"),
+    (b" " * 1_000_001, 413, "body_too_large", None),
+    (b"x" * 10_000_000, 413, "body_too_large", None),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "field"), BAD_RECOMMEND, ids=lambda v: str(v)[:40])
+def test_a_bad_request_is_told_what_is_wrong(body: Any, status: int, code: str, field: str | None) -> None:
+    heard = once("POST", "/v1/recommend", body)
+    error = heard.json["error"]
+    assert (heard.status, error["code"], error.get("field")) == (status, code, field), error
+    assert error["message"].endswith(".")
+    assert error["request_id"] == heard.headers["x-request-id"]
+    assert "Traceback" not in error["message"]
+
+
+class TestRank:
+    def test_given_items_come_back_ranked_and_unknown_ones_are_left_out(self) -> None:
+        heard = once("POST", "/v1/rank", {"user_id": "u1", "item_ids": ["i9", "nothing", "i3", 5]})
+        assert [i["item_id"] for i in heard.json["items"]] == ["i3", "i9"]
+        assert heard.json["model_version"] == V1
+
+    def test_a_broken_fine_stage_leaves_the_order_given(self) -> None:
+        heard = once("POST", "/v1/rank", {"user_id": "u1", "item_ids": ["i9", "i3"]}, funnel=StandIn(V1, break_at="rank"))
+        assert [i["item_id"] for i in heard.json["items"]] == ["i9", "i3"]
+        assert heard.json["degraded"] == [{"stage": "fine_rank", "rung": "recall_order", "reason": "error"}]
+
+    @pytest.mark.parametrize(
+        ("body", "code"),
+        [
+            ({"user_id": "u", "item_ids": []}, "empty_list"),
+            ({"user_id": "u"}, "missing_field"),
+            ({"user_id": "u", "item_ids": ["i"] * 1_001}, "too_many_items"),
+            ({"user_id": "u", "item_ids": ["i" * 300]}, "id_too_long"),
+            ({"user_id": "u", "item_ids": [None]}, "wrong_type"),
+        ],
+    )
+    def test_bad_lists_are_refused(self, body: Any, code: str) -> None:
+        heard = once("POST", "/v1/rank", body)
+        assert (heard.status, heard.json["error"]["code"]) == (422, code)
+
+
+def event(**given: Any) -> dict[str, Any]:
+    return {"user_id": "u1", "item_id": "i40", "event": "click"} | given
+
+
+class TestEvents:
+    def test_an_event_changes_the_next_answer(self) -> None:
+        async def script(say: Any) -> tuple[Heard, Heard]:
+            posted = await say("POST", "/v1/events", orjson.dumps(event()))
+            return posted, await say("POST", "/v1/recommend", b'{"user_id": "u1", "k": 1}')
+
+        posted, page = talk(script)
+        assert posted.status == 202
+        assert posted.json == {"accepted": 1, "duplicates": 0, "rejected": []}
+        assert page.json["items"][0]["item_id"] == "i42"
+
+    def test_a_repeated_post_is_harmless(self) -> None:
+        body = orjson.dumps([event(time="2026-01-01T00:00:00Z"), event(event_id="mine", item_id="i2")])
+
+        async def script(say: Any) -> list[Any]:
+            return [(await say("POST", "/v1/events", body)).json for _ in range(2)]
+
+        first, second = talk(script)
+        assert (first["accepted"], first["duplicates"]) == (2, 0)
+        assert (second["accepted"], second["duplicates"]) == (0, 2)
+
+    def test_good_events_are_taken_and_bad_ones_named(self) -> None:
+        rows = [
+            event(),
+            event(user_id=None),
+            event(item_id="x" * 257),
+            event(event=""),
+            event(time="yesterday"),
+            event(time=32503680000000),
+            event(time=-1),
+            event(value=float("nan")),
+            "not an object",
+            event(item_id="an item that nobody knows / 商品"),
+            event(mistake=1),
+        ]
+        rows[7]["value"] = "NaN"
+        heard = once("POST", "/v1/events", rows)
+        assert heard.status == 202
+        assert heard.json["accepted"] == 2
+        assert [(r["index"], r["code"]) for r in heard.json["rejected"]] == [
+            (1, "wrong_type"),
+            (2, "id_too_long"),
+            (3, "invalid_value"),
+            (4, "bad_time"),
+            (5, "future_time"),
+            (6, "bad_time"),
+            (7, "invalid_value"),
+            (8, "wrong_type"),
+            (10, "unknown_field"),
+        ]
+
+    def test_ten_thousand_events_are_taken_at_once_and_one_more_is_not(self) -> None:
+        rows = [{"user_id": n % 50, "item_id": n, "event": "view"} for n in range(10_001)]
+        assert once("POST", "/v1/events", rows[:-1]).json["accepted"] == 10_000
+        heard = once("POST", "/v1/events", rows)
+        assert (heard.status, heard.json["error"]["code"]) == (422, "too_many_events")
+
+    @pytest.mark.parametrize(
+        ("body", "status", "code"),
+        [
+            (b"[]", 422, "empty_list"),
+            (b"nonsense", 400, "malformed_json"),
+            (b'"text"', 422, "wrong_type"),
+            (b"{}", 422, "missing_field"),
+            (b"[" * 3_000, 400, "malformed_json"),
+            (b"[" + b" " * 1_000_000 + b"]", 413, "body_too_large"),
+        ],
+    )
+    def test_a_body_that_holds_no_events_is_refused(self, body: bytes, status: int, code: str) -> None:
+        heard = once("POST", "/v1/events", body)
+        assert (heard.status, heard.json["error"]["code"]) == (status, code)
+
+    def test_without_a_store_events_are_refused_and_pages_go_on(self) -> None:
+        async def script(say: Any) -> tuple[Heard, Heard]:
+            return await say("POST", "/v1/events", orjson.dumps(event())), await say("POST", "/v1/recommend", b'{"user_id": "u1"}')
+
+        refused, page = talk(script, store=DownStore())
+        assert refused.status == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json["error"]["code"] == "store_unavailable"
+        assert "secret" not in refused.body.decode()
+        assert page.status == 200
+        assert page.json["degraded"] == [{"stage": "user_state", "rung": "stale", "reason": "unavailable"}]
+
+
+class TestSimilar:
+    def test_neighbours_of_an_item(self) -> None:
+        heard = once("GET", "/v1/items/i7/similar", query="k=2")
+        assert heard.json["items"] == [{"item_id": "i8", "score": 1.0}, {"item_id": "i9", "score": 0.5}]
+
+    def test_an_id_may_hold_slashes_and_any_letter(self) -> None:
+        heard = once("GET", "/v1/items/a/b/ü 商/similar")
+        assert (heard.status, heard.json["error"]["code"]) == (404, "unknown_item")
+
+    @pytest.mark.parametrize(("query", "code"), [("k=0", "k_out_of_range"), ("k=1000000", "k_out_of_range"), ("k=many", "wrong_type")])
+    def test_k_is_checked(self, query: str, code: str) -> None:
+        heard = once("GET", "/v1/items/i7/similar", query=query)
+        assert (heard.status, heard.json["error"]["code"]) == (422, code)
+
+    def test_a_long_id_is_refused(self) -> None:
+        assert once("GET", f"/v1/items/{'x' * 10_240}/similar").json["error"]["code"] == "id_too_long"
+
+
+class TestTheRest:
+    def test_health_readiness_and_version(self) -> None:
+        assert once("GET", "/healthz").json == {"status": "ok"}
+        assert once("GET", "/readyz").json == {"status": "ready", "version": V1}
+        version = once("GET", "/v1/version").json
+        assert (version["version"], version["aliases"], version["refused"]) == (V1, {"production": V1}, {})
+        assert version["topology"]["recall"] == "gateway"
+
+    def test_unknown_paths_and_methods_have_the_same_shape_of_error(self) -> None:
+        for method, path, status, code in (("GET", "/nothing", 404, "not_found"), ("GET", "/v1/recommend", 405, "method_not_allowed")):
+            heard = once(method, path)
+            assert (heard.status, heard.json["error"]["code"]) == (status, code)
+
+    def test_the_documents_name_every_route_and_the_body_of_the_hot_ones(self) -> None:
+        assert once("GET", "/docs").status == 200
+        paths = once("GET", "/openapi.json").json["paths"]
+        assert set(paths) == {
+            "/v1/recommend",
+            "/v1/rank",
+            "/v1/events",
+            "/v1/items/{item_id}/similar",
+            "/healthz",
+            "/readyz",
+            "/v1/version",
+        }
+        body = paths["/v1/recommend"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body["required"] == ["user_id"]
+        assert body["properties"]["exclude"]["description"] == "Items that must not come back; unknown ids are ignored."
+
+    def test_a_fault_of_ours_is_a_sentence_and_never_a_500(self) -> None:
+        class Broken(StandIn):
+            def page(self, queries: Any, candidates: Any) -> Any:
+                raise ZeroDivisionError("secret detail")
+
+        heard = once("POST", "/v1/recommend", {"user_id": "u1"}, funnel=Broken(V1))
+        assert heard.status == 503
+        assert heard.json["error"]["code"] == "unavailable"
+        assert "secret" not in heard.body.decode()
