@@ -137,9 +137,11 @@ def _min_max(quotas: list[int], slots: _Slots) -> np.ndarray:
     for stop, q in zip(np.cumsum(quotas), quotas, strict=True):
         part, ok = slots.scores[:, stop - q : stop], valid[:, stop - q : stop]
         if q:
-            low, high = np.where(ok, part, np.inf).min(1, keepdims=True), np.where(ok, part, -np.inf).max(1, keepdims=True)
-            spread = np.where(high > low, high - np.minimum(low, high), 0)
-            np.divide(np.where(ok, part, low) - low, spread, out=scaled[:, stop - q : stop], where=ok & (spread > 0))
+            low = np.where(ok, part, np.inf).min(1, keepdims=True)
+            low = np.where(np.isfinite(low), low, 0)  # no slot of the query is filled
+            part = np.where(ok, part, low) - low
+            high = part.max(1, keepdims=True)
+            np.divide(part, high, out=scaled[:, stop - q : stop], where=ok & (high > 0))
     return scaled
 
 

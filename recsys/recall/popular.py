@@ -51,6 +51,11 @@ class Popular:
             raise NotFittedError("Popular has no counts yet. Call fit(interactions) first.")
         return self._counts
 
+    @property
+    def order(self) -> np.ndarray:
+        """(n_items,) int32 item rows, most popular first."""
+        return self._order
+
     def fit(self, interactions: Interactions) -> Self:
         """Count the positives of the log."""
         positives = interactions.positives()

@@ -154,9 +154,12 @@ class VectorIndex:
             if self.measured_recall >= self.config.recall_goal or self.effort >= most:
                 break
             self.effort = min(self.effort * 2, most)
-        log.info(
-            "faiss index=%s effort=%d recall@%d=%.4f (goal %.2f)", self.kind, self.effort, k, self.measured_recall, self.config.recall_goal
-        )
+        goal = self.config.recall_goal
+        log.info("faiss index=%s effort=%d recall@%d=%.4f (goal %.2f)", self.kind, self.effort, k, self.measured_recall, goal)
+        if self.measured_recall < goal:
+            log.warning(
+                "faiss index=%s misses its recall goal at any effort: raise hnsw_links or ef_construction, or take kind: flat", self.kind
+            )
 
     # Searching.
 
@@ -230,6 +233,7 @@ class VectorIndex:
 
     def save(self, folder: Path) -> None:
         """Write `index.faiss` (with the vectors) and `index.json` (kind, effort, measured recall, shape)."""
+        folder.mkdir(parents=True, exist_ok=True)
         faiss.write_index(faiss.index_gpu_to_cpu(self.index) if self.on_gpu else self.index, str(folder / "index.faiss"))
         facts = {
             "kind": self.kind,
