@@ -319,7 +319,8 @@ def read(files: Sequence[Path], settings: Sequence[str] = ()) -> Loaded[Config]:
     config = loaded.config
     if config.fetched is not None:
         config = config.model_copy(update={"data": DataConfig.model_validate(_filled(written(config.data), str(config.fetched)))})
-    written_in = Path(loaded.tree.at(("data", "interactions")).file)
+    log = config.data.interactions
+    written_in = Path(loaded.tree.at(("data", "interactions", "train" if log.in_parts else "path")).file)
     config._base = written_in.parent.absolute() if written_in.is_file() else Path.cwd()
     return Loaded(None if found else config, (*loaded.faults, *found), loaded.tree)
 

@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-PASSWORD = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)(?!\$\{)[^/\s@]+(?=@)")
+PASSWORD = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)(?!\$\{)[^\s\"']+(?=@)")
 """The password in `scheme://user:password@host`; `${NAME}` in its place is none yet."""
 Path = tuple[str | int, ...]
+NOTHING: Any = object()
+"""No value came, or it needs no showing; None is a null that somebody wrote."""
 
 
 def redact(text: str) -> str:
@@ -44,12 +46,12 @@ class Fault:
     origin: Origin
     path: str
     sentence: str
-    value: Any = None
+    value: Any = NOTHING
     hint: str | None = None
 
     def __str__(self) -> str:
         subject = f"{self.path} " if self.path else ""
-        came = f" (got {self.shown})" if self.value is not None else ""
+        came = f" (got {self.shown})" if self.value is not NOTHING else ""
         meant = f" Did you mean '{self.hint}'?" if self.hint else ""
         end = "" if self.sentence.endswith((".", "?")) and not came else "."
         return redact(f"{self.origin}: {subject}{self.sentence}{came}{end}{meant}")
@@ -57,7 +59,7 @@ class Fault:
     @property
     def shown(self) -> str:
         """The value as one short line."""
-        if self.value is None:
+        if self.value is NOTHING:
             return ""
         text = json.dumps(self.value, ensure_ascii=False, default=str)
         return redact(text if len(text) <= 60 else text[:57] + "...")
@@ -109,15 +111,16 @@ def _fault(path: Path, details: list[tuple[ErrorDetails, list[Any]]], schema: ty
     choices = [
         c for d, _ in details if d["type"] == "literal_error" for c in re.findall(r"'([^']*)'", str(d.get("ctx", {}).get("expected", "")))
     ]
-    expected = " or ".join(dict.fromkeys(_expected(d) for d, _ in details))
-    shown = "null" if value is None else value
-    return Fault(where(path), dotted, f"must be {expected}", shown, nearest(str(value), choices))
+    expected = list(dict.fromkeys(_expected(d) for d, _ in details))
+    sentence = " or ".join([expected[0], *(other.removeprefix("be ") for other in expected[1:])])
+    return Fault(where(path), dotted, f"must {sentence}", value, nearest(str(value), choices))
 
 
 def _expected(detail: ErrorDetails) -> str:
-    text = detail["msg"].removeprefix("Input should be ")
+    """What pydantic says should be, after `must`."""
+    text = re.sub(r"^\w+ should ", "", detail["msg"])
     text = re.sub(r", unable to parse .*|, got a number with a fractional part", "", text)
-    return "a section of keys and values" if "valid dictionary" in text else text
+    return "be a section of keys and values" if "valid dictionary" in text else text
 
 
 def _locate(detail: ErrorDetails, schema: type[BaseModel], data: Any) -> tuple[Path, list[Any]]:

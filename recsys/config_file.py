@@ -191,6 +191,8 @@ class Reader:
         if id(node) in above:
             raise yaml.MarkedYAMLError(problem="an alias that contains itself", problem_mark=node.start_mark)
         above = above | {id(node)}
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}:
+            raise yaml.MarkedYAMLError(problem=f"the tag '{node.tag}' is not allowed here", problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
             self._find_duplicates(node, file)
             loader.flatten_mapping(node)  # `<<: *anchor`
