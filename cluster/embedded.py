@@ -70,11 +70,13 @@ class EmbeddedValkey:
     @property
     def url(self) -> str:
         """unix:///path of the server's socket, as the server was last started."""
-        return f"unix://{self._written()['socket']}"
+        path = self._written().get("socket")
+        if path is None:
+            raise StoreError(f"No feature store was ever started in '{self.folder}'. Call start() first.")
+        return f"unix://{path}"
 
     def start(self) -> str:
         """Own the folder, take over or start its server, and give its URL. StoreError where the folder cannot be used."""
-        self._open_folder()
         if not self._own():
             return self._visit()
         with self._changing:
@@ -94,7 +96,7 @@ class EmbeddedValkey:
                 return False
             log.warning("The embedded feature store in %s does not answer; starting it again.", self.folder)
             self._run()
-            return True
+            return self._answers()
 
     def supervise(self, interval_s: float = 0.5) -> None:
         """Let a thread call `check` every `interval_s` seconds until `stop`."""
@@ -126,26 +128,16 @@ class EmbeddedValkey:
             self.owner, self._lock = False, None
         self._ending.clear()
 
-    def _open_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as fault:
-            raise StoreError(
-                f"The folder '{self.folder}' of the feature store cannot be made ({fault}). Choose another workdir."
-            ) from fault
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise StoreError(
-                f"No permission to write in '{self.folder}', the folder of the feature store. Choose another workdir, or change its owner."
-            )
-
     def _own(self) -> bool:
+        """Take the folder, unless another live process has it."""
         if self._lock is not None:
             return True
         try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock = (self.folder / "owner.lock").open("ab")
-        except PermissionError as fault:
+        except OSError as fault:
             raise StoreError(
-                f"The feature store in '{self.folder}' belongs to another user ({fault}). Choose another workdir, or change its owner."
+                f"The feature store cannot write in its folder '{self.folder}' ({fault}). Choose another workdir, or change its owner."
             ) from fault
         if not _taken(lock):
             lock.close()
@@ -180,6 +172,8 @@ class EmbeddedValkey:
                 raise StoreError(
                     f"The embedded Valkey in '{self.folder}' ended at once with code {code}. Its log says: {self._last_words()}"
                 )
+            if self._ending.is_set():
+                return
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"The embedded Valkey in '{self.folder}' did not answer within {self.start_timeout_s:.0f} s. Its log says: {self._last_words()}"
@@ -266,11 +260,16 @@ class EmbeddedValkey:
             self._process = None
 
     def _pid_of_adopted(self) -> int | None:
-        """The pid that the answering server itself names: a pid file may be older than the server."""
+        """The pid that the server itself names or, where it hangs, the one in the file that it wrote."""
         path = self._written().get("socket")
         said = _ask(path, b"INFO server\r\n") if path else b""
-        pids = [int(line.split(b":")[1]) for line in said.splitlines() if line.startswith(b"process_id:")]
-        return pids[0] if pids else None
+        for line in said.splitlines():
+            if line.startswith(b"process_id:"):
+                return int(line.split(b":")[1])
+        try:
+            return int((self.folder / "valkey.pid").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
 
     def _gone(self, within_s: float) -> bool:
         deadline = time.monotonic() + within_s

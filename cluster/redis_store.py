@@ -2,7 +2,7 @@
 
 Keys, all of a user in one hash slot (ready for a cluster), p being the user's partition:
     rf:{p}:log            stream, the log; never expires and is never evicted (eviction takes only keys with a TTL)
-    rf:{p}:h:<user>       string, the history: 11 bytes of head, then entries (see `to_entry`), oldest first; TTL
+    rf:{p}:h:<user>       string, the history (see `from_history`); TTL
     rf:{p}:p:<user>       string, the profile as JSON; no TTL, nothing could rebuild it
     rf:{p}:e:<digest>     mark of an event already told; TTL
 """
@@ -58,70 +58,67 @@ for i = 1, (#KEYS - 1) / 2 do
     redis.call('XADD', KEYS[1], '*', 'e', record)
     accepted = accepted + 1
     if entry ~= '' then
-      local count, newest, body = 0, 0, ''
+      local time, size = struct.unpack('<i8', entry), #entry - 8
+      local count, index, body = 0, '', ''
       local held = redis.call('GET', key)
       if held and string.byte(held) == 1 then
-        local _
-        _, count, newest = struct.unpack('<BHi8', held)
-        body = string.sub(held, 12)
+        count = struct.unpack('<H', held, 2)
+        index, body = string.sub(held, 4, 3 + 10 * count), string.sub(held, 4 + 10 * count)
       end
-      local time = struct.unpack('<i8', entry, 3)
-      if count == 0 or time >= newest then
-        body, newest = body .. entry, time
-      else  -- late: behind every entry that is not newer
-        local at = 1
-        while struct.unpack('<i8', body, at + 2) <= time do
-          at = at + 10 + struct.unpack('<H', body, at)
-        end
-        body = string.sub(body, 1, at - 1) .. entry .. string.sub(body, at)
+      local at, start = 10 * count, #body  -- where the entry goes: behind all that are not newer
+      while at > 0 do
+        local length, before = struct.unpack('<Hi8', index, at - 9)
+        if before <= time then break end
+        at, start = at - 10, start - length
       end
+      index = string.sub(index, 1, at) .. struct.pack('<Hi8', size, time) .. string.sub(index, at + 1)
+      body = string.sub(body, 1, start) .. string.sub(entry, 9) .. string.sub(body, start + 1)
       count = count + 1
       while count > limit do
-        body = string.sub(body, 11 + struct.unpack('<H', body))
-        count = count - 1
+        body = string.sub(body, 1 + struct.unpack('<H', index))
+        index, count = string.sub(index, 11), count - 1
       end
-      redis.call('SET', key, struct.pack('<BHi8', 1, count, newest) .. body, 'EX', ARGV[2])
+      redis.call('SET', key, struct.pack('<BH', 1, count) .. index .. body, 'EX', ARGV[2])
     end
   end
 end
 return accepted
 """
 _SHA = hashlib.sha1(APPEND.encode(), usedforsecurity=False).hexdigest()
-_HEAD = struct.Struct("<BHq")
-_ENTRY = struct.Struct("<HqHBB")
+_COUNT, _TIME, _INDEX = struct.Struct("<H"), struct.Struct("<q"), struct.Struct("<Hq")
+_LONGEST = 65_535
 
 
 def to_entry(event: NewEvent) -> bytes:
-    """An event in a history: size (2 bytes, of what follows the time), time_ms (8), then the lengths of item (2) and event type (1),
-    whether a value follows (1), item, event type, value (8, if any), event id. StoreError where a part is too long."""
-    item, kind, event_id = event.item_id.encode(), event.event.encode(), event.event_id.encode()
-    value = b"" if event.value is None or not math.isfinite(event.value) else struct.pack("<d", event.value)
-    body = item + kind + value + event_id
+    """An event on its way into a history: time_ms (8 bytes), then `[item, event, value, event id],` as JSON."""
+    value = None if event.value is None or not math.isfinite(event.value) else float(event.value)
     try:
-        return _ENTRY.pack(len(body) + 4, event.time_ms, len(item), len(kind), bool(value)) + body
-    except struct.error as fault:
+        told = orjson.dumps([event.item_id, event.event, value, event.event_id]) + b","
+        time = _TIME.pack(event.time_ms)
+    except (TypeError, ValueError, struct.error) as fault:
         raise StoreError(
-            f"An event of {len(body):,} bytes (type of {len(kind):,}) at {event.time_ms} ms does not fit in a history ({fault}). Shorten its ids."
+            f"Event '{event.event_id}' of user '{event.user_id}' cannot be stored ({fault}). Send text ids and a time_ms since 1970."
         ) from fault
+    if len(told) > _LONGEST:
+        raise StoreError(
+            f"An event of user '{event.user_id[:64]}' takes {len(told):,} bytes, a history holds {_LONGEST:,} each. Shorten its ids."
+        )
+    return time + told
 
 
 def from_history(held: bytes | None) -> list[StoredEvent]:
-    """The events of a stored history, oldest first. One of another version counts as none: it is rebuilt from the log."""
+    """The events of a stored history, oldest first.
+
+    It holds a version (1 byte), the count (2), for each event its size (2) and time_ms (8), then the events as `to_entry`
+    wrote them: the server moves them without reading them, and JSON reads them all at once. One of another version counts
+    as none: the log can rebuild it.
+    """
     if not held or held[0] != 1:
         return []
-    events, at, end = [], _HEAD.size, len(held)
-    while at < end:
-        size, time_ms, n_item, n_kind, has_value = _ENTRY.unpack_from(held, at)
-        item = at + _ENTRY.size
-        kind = item + n_item
-        rest = kind + n_kind
-        at += 10 + size
-        value = None
-        if has_value:
-            (value,) = struct.unpack_from("<d", held, rest)
-            rest += 8
-        events.append(StoredEvent(held[item:kind].decode(), held[kind : kind + n_kind].decode(), time_ms, value, held[rest:at].decode()))
-    return events
+    body = 3 + _INDEX.size * int(_COUNT.unpack_from(held, 1)[0])
+    told = orjson.loads(b"[" + held[body:-1] + b"]")
+    times = _INDEX.iter_unpack(held[3:body])
+    return [StoredEvent(item, kind, time, value, event_id) for (item, kind, value, event_id), (_, time) in zip(told, times, strict=True)]
 
 
 def redacted(url: str) -> str:
@@ -139,7 +136,7 @@ class RedisStore:
         password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
         try:
             pool = BlockingConnectionPool.from_url(
-                url, max_connections=16, retry=Retry(NoBackoff(), 1), socket_connect_timeout=1.0, **password
+                url, protocol=2, max_connections=16, retry=Retry(NoBackoff(), 1), socket_connect_timeout=1.0, **password
             )
         except ValueError as fault:
             raise ConfigError(f"redis_url '{self.shown_url}' is no address of a Redis ({fault}). Expected redis://host:6379/0.") from fault
@@ -204,23 +201,14 @@ class RedisStore:
         return answers
 
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:
-        """See FeatureStore: one pipeline, one command per partition."""
+        """See FeatureStore: one command for the whole micro-batch."""
         return await self._answered(self._read(user_ids), timeout_s) if user_ids else []
 
     async def _read(self, user_ids: Sequence[str]) -> list[UserState]:
         await self._prepare()
-        places: dict[int, list[int]] = defaultdict(list)
-        for i, user_id in enumerate(user_ids):
-            places[partition_of(user_id, self.config.partitions)].append(i)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for partition, at in places.items():
-                pipe.mget([self._key(partition, part, user_ids[i]) for i in at for part in ("h:", "p:")])
-            answers = await pipe.execute()
-        states = [UserState() for _ in user_ids]
-        for at, held in zip(places.values(), answers, strict=True):
-            for i, history, profile in zip(at, held[::2], held[1::2], strict=True):
-                states[i] = UserState(from_history(history), orjson.loads(profile) if profile else {})
-        return states
+        homes = [(partition_of(user_id, self.config.partitions), user_id) for user_id in user_ids]
+        held = await self._redis.mget([self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "p:")])
+        return [UserState(from_history(h), orjson.loads(p) if p else {}) for h, p in zip(held[::2], held[1::2], strict=True)]
 
     async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
         """See FeatureStore."""
@@ -272,25 +260,29 @@ class RedisStore:
 
     async def _answered(self, call: Awaitable[T], timeout_s: float) -> T:
         """The answer of a call within its time; whatever a server says instead becomes a sentence."""
-        where = f"The feature store at {self.shown_url}"
         try:
             async with asyncio.timeout(timeout_s):
                 return await call
-        except (TimeoutError, faults.TimeoutError) as fault:
-            raise StoreUnavailableError(
-                f"{where} did not answer within {1000 * timeout_s:.0f} ms. Check its load, or raise the limit."
-            ) from fault
-        except (faults.AuthenticationError, faults.AuthorizationError, faults.NoPermissionError) as fault:
-            raise StoreUnavailableError(
-                f"{where} refuses us ({fault}). Check the user and password of redis_url, or {PASSWORD_VARIABLE}."
-            ) from fault
-        except faults.BusyLoadingError as fault:
-            raise StoreUnavailableError(f"{where} is still loading its data after a start. Try again shortly.") from fault
-        except faults.ReadOnlyError as fault:
-            raise StoreUnavailableError(f"{where} is a read-only replica. Point redis_url to the primary.") from fault
-        except faults.OutOfMemoryError as fault:
-            raise StoreUnavailableError(
-                f"{where} has reached its maxmemory, and the log is never evicted. Give it memory, or trim the log."
-            ) from fault
-        except (faults.RedisError, OSError) as fault:
-            raise StoreUnavailableError(f"{where} is not available ({fault}). It is asked again at the next call.") from fault
+        except (TimeoutError, faults.RedisError, OSError) as fault:
+            raise StoreUnavailableError(f"The feature store at {self.shown_url} {reason(fault, timeout_s)}") from fault
+
+
+_REASONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((TimeoutError, faults.TimeoutError), "did not answer within {ms:.0f} ms. Check its load, or raise the limit."),
+    (
+        (faults.AuthenticationError, faults.AuthorizationError, faults.NoPermissionError),
+        "refuses us ({fault}). Check the user and password of redis_url, or {variable}.",
+    ),
+    ((faults.BusyLoadingError,), "is still loading its data after a start. Try again shortly."),
+    ((faults.ReadOnlyError,), "is a read-only replica. Point redis_url to the primary."),
+    ((faults.OutOfMemoryError,), "has reached its maxmemory, and the log is never evicted. Give it memory, or trim the log."),
+    ((Exception,), "is not available ({fault}). It is asked again at the next call."),
+)
+
+
+def reason(fault: BaseException, timeout_s: float) -> str:
+    """What to say of a server that answered with a fault, or not at all."""
+    if isinstance(fault, faults.ConnectionError) and isinstance(fault.__cause__, faults.RedisError):
+        fault = fault.__cause__  # what a server says while a connection is being made comes wrapped
+    text = next(text for kinds, text in _REASONS if isinstance(fault, kinds))
+    return text.format(ms=1000 * timeout_s, fault=fault, variable=PASSWORD_VARIABLE)

@@ -1,0 +1,234 @@
+"""What every FeatureStore promises, written once: the memory store and the store on a real server both run it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from recsys.errors import StoreError
+from recsys.features.generate import Event, Instant, LastN
+from recsys.features.schema import HistoryConfig
+from recsys.features.store import FeatureStore, NewEvent, StoreConfig, StoredEvent, event_identity, partition_of
+
+Scenario = Callable[[FeatureStore], Awaitable[None]]
+END = Instant(math.inf, 1 << 60)
+
+
+def event(user: str, item: str, time_ms: int, event_id: str | None = None, *, kind: str = "click", value=None, **rest) -> NewEvent:
+    return NewEvent(user, item, kind, time_ms, value, event_id or event_identity(user, item, kind, time_ms), **rest)
+
+
+async def items_of(store: FeatureStore, user: str) -> list[str]:
+    (state,) = await store.read([user], timeout_s=5.0)
+    return [e.item_id for e in state.events]
+
+
+async def whole_log(store: FeatureStore, partitions: int) -> list[NewEvent]:
+    return [logged.event for p in range(partitions) async for logged in store.read_log(p)]
+
+
+class FeatureStoreContract:
+    def make(self, config: StoreConfig, history: HistoryConfig) -> FeatureStore:
+        raise NotImplementedError
+
+    def run(self, scenario: Scenario, *, length: int = 5, events: tuple[str, ...] | None = None, partitions: int = 4) -> None:
+        async def whole() -> None:
+            store = self.make(StoreConfig(partitions=partitions), HistoryConfig(length=length, events=events))
+            try:
+                await scenario(store)
+            finally:
+                await store.close()
+
+        asyncio.run(whole())
+
+    def test_a_user_nobody_told_of_has_an_empty_state_in_its_place(self):
+        async def scenario(store):
+            await store.append([event("known", "a", 1)])
+            states = await store.read(["nobody", "known", "nobody"], timeout_s=5.0)
+            assert [len(s.events) for s in states] == [0, 1, 0]
+            assert states[0].profile == {}
+            await store.ping()
+
+        self.run(scenario)
+
+    def test_an_event_comes_back_as_it_was_told(self):
+        async def scenario(store):
+            result = await store.append(
+                [event("u", "a", 1_700_000_000_123, "id-1", kind="rating", value=4.5), event("u", "b", 1_700_000_000_124, "id-2")]
+            )
+            assert result == (2, 0)
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert state.events == [
+                StoredEvent("a", "rating", 1_700_000_000_123, 4.5, "id-1"),
+                StoredEvent("b", "click", 1_700_000_000_124, None, "id-2"),
+            ]
+
+        self.run(scenario)
+
+    def test_nothing_told_and_nobody_asked_for_is_nothing(self):
+        async def scenario(store):
+            assert await store.append([]) == (0, 0)
+            assert await store.read([], timeout_s=5.0) == []
+
+        self.run(scenario)
+
+    def test_a_repeated_event_id_counts_once_per_user(self):
+        async def scenario(store):
+            assert await store.append([event("u", "a", 1, "x"), event("u", "b", 2, "x"), event("v", "a", 1, "x")]) == (2, 1)
+            assert await store.append([event("u", "a", 1, "x"), event("u", "c", 3, "y")]) == (1, 1)
+            assert await items_of(store, "u") == ["a", "c"]
+            assert await items_of(store, "v") == ["a"]
+            assert len(await whole_log(store, 4)) == 3
+
+        self.run(scenario)
+
+    def test_a_late_event_finds_its_place_and_equal_times_stand_as_they_came(self):
+        async def scenario(store):
+            await store.append([event("u", "t5", 5), event("u", "t9", 9)])
+            await store.append([event("u", "t7", 7)])
+            await store.append([event("u", "t7b", 7), event("u", "t1", 1)])
+            assert await items_of(store, "u") == ["t1", "t5", "t7", "t7b", "t9"]
+
+        self.run(scenario)
+
+    def test_a_history_keeps_the_newest_and_an_older_event_does_not_enter_a_full_one(self):
+        async def scenario(store):
+            await store.append([event("u", str(t), t) for t in (10, 20, 30, 40)])
+            assert await items_of(store, "u") == ["20", "30", "40"]
+            await store.append([event("u", "5", 5)])
+            assert await items_of(store, "u") == ["20", "30", "40"]
+            await store.append([event("u", "25", 25)])
+            assert await items_of(store, "u") == ["25", "30", "40"]
+
+        self.run(scenario, length=3)
+
+    def test_times_before_1970_and_far_ahead_keep_their_order(self):
+        async def scenario(store):
+            times = [0, -5, 2**42, -(2**40), 7]
+            await store.append([event("u", str(t), t) for t in times])
+            assert await items_of(store, "u") == [str(t) for t in sorted(times)]
+
+        self.run(scenario)
+
+    def test_impressions_are_logged_but_are_no_history(self):
+        async def scenario(store):
+            await store.append(
+                [event("u", "shown", 1, kind="impression"), event("u", "seen", 2, kind="view"), event("u", "liked", 3, kind="like")]
+            )
+            assert await items_of(store, "u") == ["liked"]
+            assert sorted(e.item_id for e in await whole_log(store, 4)) == ["liked", "seen", "shown"]
+
+        self.run(scenario)
+
+    def test_the_configuration_says_which_events_are_history(self):
+        async def scenario(store):
+            await store.append([event("u", "a", 1, kind="view"), event("u", "b", 2, kind="click")])
+            assert await items_of(store, "u") == ["a"]
+
+        self.run(scenario, events=("view",))
+
+    @pytest.mark.parametrize("name", ["用户/一 ☃", "a b\tc", "nul\x00inside", "{0}:{1}", "x" * 256, "é" * 128, "", "-1"])
+    def test_ids_are_any_text(self, name):
+        async def scenario(store):
+            await store.append([event(name, name, 1, name or "id", value=0.1)])
+            (state,) = await store.read([name], timeout_s=5.0)
+            assert state.events == [StoredEvent(name, "click", 1, 0.1, name or "id")]
+
+        self.run(scenario)
+
+    def test_the_log_carries_everything_that_training_will_ask_for(self):
+        told = event("u", "a", 7, "id", value=2.0, request_id="req-1", context={"tab": 3, "where": ["x", {"y": None}], "名": "值"})
+
+        async def scenario(store):
+            await store.append([told, event("u", "b", 8)])
+            logged = [x async for x in store.read_log(partition_of("u", 4))]
+            assert logged[0].event == told
+            assert logged[1].event == event("u", "b", 8)._replace(context={})
+            after = [x.event.item_id async for x in store.read_log(partition_of("u", 4), after=logged[0].position)]
+            assert after == ["b"]
+            assert [x async for x in store.read_log(partition_of("u", 4), after=logged[1].position)] == []
+
+        self.run(scenario)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_a_value_that_is_no_number_is_no_value(self, value):
+        async def scenario(store):
+            await store.append([event("u", "a", 1, value=value)])
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert state.events[0].value is None
+            assert (await whole_log(store, 4))[0].value is None
+
+        self.run(scenario)
+
+    def test_what_cannot_be_written_is_refused_with_a_sentence_and_nothing_is_kept(self):
+        async def scenario(store):
+            with pytest.raises(StoreError, match="cannot be written as JSON"):
+                await store.append([event("u", "a", 1), event("u", "b", 2, "bad", context={"x": object()})])
+            assert await items_of(store, "u") == []
+
+        self.run(scenario)
+
+    def test_a_profile_is_replaced_and_deleted_and_read_beside_the_history(self):
+        async def scenario(store):
+            await store.put_profile("u", {"age": 31, "likes": ["a", "b"], "city": "上海"})
+            await store.append([event("u", "a", 1)])
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert state.profile == {"age": 31, "likes": ["a", "b"], "city": "上海"}
+            assert len(state.events) == 1
+            await store.put_profile("u", {"age": 32})
+            assert (await store.read(["u"], timeout_s=5.0))[0].profile == {"age": 32}
+            await store.put_profile("u", {})
+            assert (await store.read(["u"], timeout_s=5.0))[0].profile == {}
+
+        self.run(scenario)
+
+    def test_ten_thousand_events_go_in_one_call(self):
+        async def scenario(store):
+            many = [event(f"u{i % 7}", f"i{i}", i) for i in range(10_000)]
+            assert await store.append(many) == (10_000, 0)
+            assert await store.append(many) == (0, 10_000)
+            assert await items_of(store, "u3") == [f"i{i}" for i in range(10_000) if i % 7 == 3][-5:]
+            assert sorted(e.time_ms for e in await whole_log(store, 4)) == list(range(10_000))
+
+        self.run(scenario)
+
+    def test_a_batch_is_as_good_as_its_events_one_by_one(self):
+        rng = random.Random(3)
+        told = [event(f"u{rng.randrange(3)}", f"i{rng.randrange(9)}", rng.randrange(40)) for _ in range(60)]
+
+        async def scenario(store):
+            await store.append([e._replace(user_id="batch-" + e.user_id) for e in told])
+            for e in told:
+                await store.append([e._replace(user_id="single-" + e.user_id)])
+            for user in ("u0", "u1", "u2"):
+                assert await items_of(store, "batch-" + user) == await items_of(store, "single-" + user)
+
+        self.run(scenario)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_histories_after_a_replay_are_last_n_of_the_feature_definition(self, seed):
+        rng = random.Random(seed)
+        pool = [event(f"u{rng.randrange(4)}", f"i{i}", rng.randrange(60), kind=rng.choice(["click", "like", "view"])) for i in range(80)]
+        arrivals = [rng.choice(pool) for _ in range(160)]  # late ones, repeats and ties among them
+        feature = LastN(6)
+        states, seen = defaultdict(feature.init), set()
+        for position, e in enumerate(arrivals):
+            if e not in seen and e.event != "view":
+                states[e.user_id] = feature.apply(states[e.user_id], Event(e.time_ms, position, e.item_id))
+            seen.add(e)
+
+        async def scenario(store):
+            at = 0
+            while at < len(arrivals):
+                step = rng.randrange(1, 9)
+                await store.append(arrivals[at : at + step])
+                at += step
+            for user in ("u0", "u1", "u2", "u3"):
+                assert await items_of(store, user) == list(feature.value(states[user], END))
+
+        self.run(scenario, length=6)
