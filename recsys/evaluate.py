@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from recsys.core import UNKNOWN, Candidates, Queries
+from recsys.errors import RayfunnelError
 from recsys.funnel import Funnel
 from recsys.metrics import Relevant, at_k, coverage, hits, interval, long_tail_share, mean_of_users, spearman_rows
 
@@ -62,6 +63,15 @@ class Report:
     warm: np.ndarray
     n_items: int
     item_counts: np.ndarray
+
+    def keep(self, models: Sequence[str] | None) -> None:
+        """Keep the rows of these names alone; RayfunnelError names one that is not there, and those that are."""
+        if models is None:
+            return
+        known = [row.model for row in self.rows]
+        if absent := [name for name in models if name not in known]:
+            raise RayfunnelError(f"The report has no row '{absent[0]}'. Rows: {', '.join(known)}.")
+        self.rows = [row for row in self.rows if row.model in models]
 
     def as_json(self) -> dict[str, Any]:
         """{"protocol", "rows": [{"model", "metrics", "seconds", "interval"}], ...}: keys others rely on."""

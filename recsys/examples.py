@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,14 @@ CHUNK = 512
 
 
 Columns = dict[str, np.ndarray]
+
+
+class _Draw(NamedTuple):
+    """How negatives are drawn: the configuration, how often each item (I,) is a positive, and the dice."""
+
+    config: ExamplesConfig
+    popularity: np.ndarray
+    rng: np.random.Generator
 
 
 def two_tower_examples(prepared: Prepared, moments: Moments, at: np.ndarray, popularity: np.ndarray) -> Columns:
@@ -60,13 +68,13 @@ def ranker_examples(funnel: Funnel, moments: Moments, at: np.ndarray, config: Ex
 
     A positive that recall did not find is left out: the fine stage never meets it. `moment` numbers the group of a row.
     """
-    rng = np.random.default_rng(seed)
     popularity = np.bincount(moments.log.item[moments.log.positive], minlength=len(funnel.items)).astype(np.float64)
+    draw = _Draw(config, popularity, np.random.default_rng(seed))
     parts: list[Columns] = []
     for start in range(0, len(at), CHUNK):
         chunk = at[start : start + CHUNK]
         queries = moments.queries(chunk)
-        items, says, labels = _pairs(funnel, queries, moments.log, chunk, config, popularity, rng)
+        items, says, labels = _pairs(funnel, queries, moments.log, chunk, draw)
         b, n = np.nonzero(items != UNKNOWN)
         fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
         rows = items[b, n]
@@ -78,15 +86,7 @@ def ranker_examples(funnel: Funnel, moments: Moments, at: np.ndarray, config: Ex
     return _gathered(parts)
 
 
-def _pairs(
-    funnel: Funnel,
-    queries: Queries,
-    log: Interactions,
-    at: np.ndarray,
-    config: ExamplesConfig,
-    popularity: np.ndarray,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, draw: _Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """((B, M) items or -1, (B, M, w) evidence, (B, M) labels): the logged item first, then drawn negatives."""
     candidates = funnel.coarse_rank(queries, funnel.recall(queries))
     says = evidence(candidates)
@@ -96,13 +96,13 @@ def _pairs(
     rows = np.arange(len(at))
     first_says = np.where(found[:, None], says[rows, slot], _unvouched(says.shape[2]))[:, None, :]
     # Shown and passed over is a lesson even when recall would not have found it; a positive is one only if it was found.
-    keep_first = np.where(positive, found, log.impressions and config.exposed)
+    keep_first = np.where(positive, found, log.impressions and draw.config.exposed)
     first = np.where(keep_first[:, None], target, UNKNOWN)
-    draw = np.where(hit | (candidates.items == UNKNOWN) | ~(positive & found)[:, None], -np.inf, rng.random(candidates.items.shape))
-    chosen, _ = top_k(draw.astype(np.float32), config.recalled)
+    dice = np.where(hit | (candidates.items == UNKNOWN) | ~(positive & found)[:, None], -np.inf, draw.rng.random(candidates.items.shape))
+    chosen, _ = top_k(dice.astype(np.float32), draw.config.recalled)
     at_slot = np.maximum(chosen, 0)
     drawn = np.where(chosen == UNKNOWN, UNKNOWN, np.take_along_axis(candidates.items, at_slot, 1))
-    blind = _blind_negatives(queries, target, positive & found, config, popularity, rng)
+    blind = _blind_negatives(queries, target, positive & found, draw)
     blind_says = np.broadcast_to(_unvouched(says.shape[2]), (*blind.shape, says.shape[2]))
     items = np.concatenate([first, drawn, blind], axis=1).astype(np.int32)
     all_says = np.concatenate([first_says, says[rows[:, None], at_slot], blind_says], axis=1)
@@ -119,10 +119,9 @@ def _unvouched(width: int) -> np.ndarray:
     return says
 
 
-def _blind_negatives(
-    queries: Queries, target: np.ndarray, wanted: np.ndarray, config: ExamplesConfig, popularity: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _blind_negatives(queries: Queries, target: np.ndarray, wanted: np.ndarray, draw: _Draw) -> np.ndarray:
     """(B, uniform + popularity) item rows drawn without looking at the candidates; -1 where one was had or is the target."""
+    config, popularity, rng = draw
     B, n_items = len(queries), len(popularity)
     uniform = rng.integers(0, n_items, (B, config.uniform))
     weights = popularity / max(popularity.sum(), 1.0)
@@ -137,6 +136,11 @@ def _blind_negatives(
 def _gathered(parts: Iterator[Columns] | Sequence[Columns]) -> Columns:
     listed = list(parts)
     return {name: np.concatenate([p[name] for p in listed]) for name in listed[0]} if listed else {}
+
+
+def are_written(folder: Path) -> bool:
+    """Whether an examples folder is there and whole."""
+    return (folder / "schema.json").exists()
 
 
 def write(
@@ -162,6 +166,7 @@ def write(
     for name, column in (items or {}).items():
         (folder / "items").mkdir(exist_ok=True)
         np.save(folder / "items" / f"{name}.npy", column)
+    # schema.json comes last: a folder that has it is whole.
     schema: dict[str, Any] = {
         "task": task,
         "fields": [asdict(f) for f in fields],

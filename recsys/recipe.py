@@ -11,6 +11,7 @@ How a model is trained is handed in: on Ray by `cluster.pipeline`, in this proce
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,8 +124,18 @@ class Recipe:
         window = self.cut.window[self.prepared.log.positive[self.cut.window]]
         return self._tower("two_tower", self.cut.base, self._sample(window), self.config.two_tower.training)
 
-    def refitted_tower(self, name: str, mask: np.ndarray) -> Path:
-        """The two-tower fitted anew on all positives of `mask`, for as many epochs as were best on base."""
+    @cached_property
+    def judged_tower(self) -> Path:
+        """The two-tower that the test judges: fitted anew on train and valid."""
+        return self._refitted("judged", self.cut.judged_mask)
+
+    @cached_property
+    def final_tower(self) -> Path:
+        """The two-tower for production: fitted anew on the whole log."""
+        return self._refitted("final", np.ones(len(self.prepared.log), bool))
+
+    def _refitted(self, name: str, mask: np.ndarray) -> Path:
+        """Fitted on all positives of `mask`, for as many epochs as were best on base."""
         if not self.config.two_tower.refit:
             return self.base_tower
         rows = np.flatnonzero(mask & self.prepared.log.positive)
@@ -133,21 +144,22 @@ class Recipe:
         return self._tower(f"two_tower_{name}", rows, self._sample(rows)[:256], training)
 
     def _tower(self, name: str, train: np.ndarray, valid: np.ndarray, training: TrainingConfig) -> Path:
-        popularity = np.bincount(self.prepared.log.item[train], minlength=self.prepared.log.n_items).astype(np.float64)
-        fields = self._fields(self.config.two_tower.features, without=())
-        self.say(f"{name}: {len(train):,} positives")
         folder = self.folder / "examples" / name
-        examples.write(
-            folder,
-            task="two_tower",
-            fields=fields,
-            labels=(),
-            train=examples.two_tower_examples(self.prepared, self.moments, train, popularity),
-            valid=examples.two_tower_examples(self.prepared, self.moments, valid, popularity),
-            items={f.name: self.prepared.item_columns[f.name] for f in fields if f.side == "item"},
-            granule=training.granule,
-            seed=self.config.seed,
-        )
+        if not examples.are_written(folder):
+            popularity = np.bincount(self.prepared.log.item[train], minlength=self.prepared.log.n_items).astype(np.float64)
+            fields = self._fields(self.config.two_tower.features)
+            self.say(f"{name}: {len(train):,} positives")
+            examples.write(
+                folder,
+                task="two_tower",
+                fields=fields,
+                labels=(),
+                train=examples.two_tower_examples(self.prepared, self.moments, train, popularity),
+                valid=examples.two_tower_examples(self.prepared, self.moments, valid, popularity),
+                items={f.name: self.prepared.item_columns[f.name] for f in fields if f.side == "item"},
+                granule=training.granule,
+                seed=self.config.seed,
+            )
         return self.train(folder, self.config.two_tower.model, training, name=name)
 
     # ---- fine ranker ----------------------------------------------------------------------------------------------
@@ -155,35 +167,35 @@ class Recipe:
     @cached_property
     def ranker(self) -> Path:
         """The fine ranker, from what the base funnel would have shown in the window."""
-        funnel = self.funnel(self.cut.base_mask, self.base_tower, None)
-        at = _thinned(self.cut.window, self.config.examples.max_moments, self.config.seed)
-        training = self.config.fine_rank.training
-        train = examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed)
-        valid = examples.ranker_examples(
-            funnel, self.moments, self._sample(self.cut.valid), self.config.examples, seed=self.config.seed + 1
-        )
-        self.say(f"fine_rank: {len(train['label']):,} pairs of {len(at):,} moments")
-        fields = (*self._fields(self.config.fine_rank.features, without=(EVIDENCE,)), *self._evidence(len(funnel.channels)))
-        folder = self.folder / "examples" / "fine_rank"
-        examples.write(
-            folder,
-            task="ranker",
-            fields=fields,
-            labels=("label",),
-            train=train,
-            valid=valid,
-            granule=training.granule,
-            seed=self.config.seed,
-        )
+        training, folder = self.config.fine_rank.training, self.folder / "examples" / "fine_rank"
+        if not examples.are_written(folder):
+            funnel = self.funnel(self.cut.base_mask, self.base_tower, None)
+            window = _thinned(self.cut.window, self.config.examples.max_moments, self.config.seed)
+            train, valid = (
+                examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed + i)
+                for i, at in enumerate((window, self._sample(self.cut.valid)))
+            )
+            self.say(f"fine_rank: {len(train['label']):,} pairs of {len(window):,} moments")
+            fields = (*self._fields(self.config.fine_rank.features), *self._evidence(len(funnel.channels)))
+            examples.write(
+                folder,
+                task="ranker",
+                fields=fields,
+                labels=("label",),
+                train=train,
+                valid=valid,
+                granule=training.granule,
+                seed=self.config.seed,
+            )
         return self.train(folder, self.config.fine_rank.model, training, name="fine_rank")
 
     def _evidence(self, n_channels: int) -> tuple[Field, ...]:
         wanted = self.config.fine_rank.features
         return (evidence_field(n_channels),) if wanted is None or EVIDENCE in wanted else ()
 
-    def _fields(self, names: tuple[str, ...] | None, *, without: tuple[str, ...]) -> tuple[Field, ...]:
+    def _fields(self, names: tuple[str, ...] | None) -> tuple[Field, ...]:
         space = self.prepared.space
-        return space.fields if names is None else space.select([n for n in names if n not in without])
+        return space.fields if names is None else space.select([n for n in names if n != EVIDENCE])
 
     def _sample(self, rows: np.ndarray) -> np.ndarray:
         return _thinned(rows, MOST_VALIDATED, self.config.seed)
@@ -193,12 +205,12 @@ class Recipe:
     def judged(self) -> Funnel:
         """The funnel that the test judges: refitted on train and valid."""
         mask = self.cut.judged_mask
-        return self.funnel(mask, self.refitted_tower("judged", mask), self.ranker)
+        return self.funnel(mask, self.judged_tower, self.ranker)
 
     def final(self) -> Funnel:
         """The funnel for production: refitted on the whole log."""
         mask = np.ones(len(self.prepared.log), bool)
-        return self.funnel(mask, self.refitted_tower("final", mask), self.ranker)
+        return self.funnel(mask, self.final_tower, self.ranker)
 
     def funnel(self, mask: np.ndarray, tower_folder: Path, ranker_folder: Path | None) -> Funnel:
         """A funnel whose channels know the rows of `mask` (E,) and nothing else."""
@@ -271,7 +283,5 @@ def _thinned(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 
 def _best_epochs(folder: Path) -> int:
-    import json
-
     saved: dict[str, Any] = json.loads((folder / "model.json").read_text())
     return int(saved["best_epoch"]) + 1
