@@ -28,6 +28,7 @@ MISSING = 0
 MOST_VALUES = 64
 """The widest bag or sequence that a fit chooses by itself."""
 
+_LARGEST = float(np.finfo(np.float32).max)
 _REMEMBERED = 65_536
 _WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
@@ -205,8 +206,9 @@ class Number:
         return inside
 
     def _scaled(self, x: np.ndarray) -> np.ndarray:
+        low, high = (0.0, 1.0) if self.scale == "min_max" else (-_LARGEST, _LARGEST)
         scaled: np.ndarray = np.sign(x) * np.log1p(np.abs(x)) if self.scale == "log" else (x - self.centre) / self.spread
-        return np.clip(scaled, 0.0, 1.0) if self.scale == "min_max" else scaled
+        return scaled.clip(low, high)
 
     @property
     def missing(self) -> np.ndarray:
@@ -270,8 +272,8 @@ class Vector:
             value = [part for part in value.split(self.separator) if part.strip()]
         if not isinstance(value, list | tuple | np.ndarray) or len(value) != self.width:
             return self.missing
-        out = np.array([as_float(x) for x in value], np.float32)
-        return out if np.isfinite(out).all() else self.missing
+        out = as_floats(value)
+        return self.missing if np.isnan(out).any() else out.astype(np.float32)
 
     def encode(self, values: Any) -> np.ndarray:
         out = np.zeros((len(values), self.width), np.float32)
@@ -375,10 +377,10 @@ def as_float(value: Any) -> float:
 
 
 def as_floats(values: Any) -> np.ndarray:
-    """(n,) raw values -> (n,) float64, NaN where a value is no finite number."""
+    """(n,) raw values -> (n,) float64, NaN where a value is no number, or none that float32 can hold."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
         x = values.astype(np.float64)
     else:
         x = np.fromiter(map(as_float, values), np.float64, len(values))
-    x[~np.isfinite(x)] = np.nan
+    x[~(np.abs(x) <= _LARGEST)] = np.nan
     return x

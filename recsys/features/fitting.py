@@ -51,7 +51,7 @@ SHAPES: dict[Kind, Literal["one", "bag", "sequence", "dense"]] = {
     "hour": "one",
     "weekday": "one",
 }
-RESERVED = ("user_id", "item_id", "history")
+RESERVED = ("user_id", "item_id", "history", "recent")
 _WITH_VOCABULARY = ("id", "category", "tags", "sequence", "text")
 
 
