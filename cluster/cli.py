@@ -311,12 +311,14 @@ def config_check(config: ConfigFiles, settings: Settings = None) -> None:
     if not loaded.faults:
         out.print(f"{', '.join(str(file) for file in config)}: no faults.")
         return
-    table = Table("where", "key", "value", "fault", "did you mean", header_style="bold")
+    table = Table(header_style="bold")
+    for column in ("where", "key", "value", "fault", "did you mean"):
+        table.add_column(column, overflow="fold")
     for fault in loaded.faults:
         table.add_row(
             *(escape(text) for text in (str(fault.origin), fault.path.rstrip(":"), fault.shown, fault.sentence, fault.hint or ""))
         )
-    err.print(table)
+    (err if err.is_terminal else Console(stderr=True, width=180)).print(table)  # a file has no edge to wrap at
     err.print(f"[red]{len(loaded.faults)} fault{'s' if len(loaded.faults) > 1 else ''}.[/] Every key is explained in configs/base.yaml.")
     raise typer.Exit(2)
 

@@ -25,18 +25,17 @@ def fetch(config: Config, console: Console) -> None:
     console.print(f"{config.fetch}: [bold]{folder}[/]")
 
 
-def load(config: Config) -> Dataset:
+def load(config: Config, console: Console) -> Dataset:
     """The data set of a configuration, fetched first where it is a public one."""
-    from cluster.fetch import fetch as bring
-
-    if config.fetch is not None and config.fetched is not None:
-        bring(config.fetch, config.fetched)
-    return load_data(config.data, config.base, keep=config.split.keep)
+    if config.fetch is not None:
+        fetch(config, console)
+    with console.status("reading"):
+        return load_data(config.data, config.base, keep=config.split.keep)
 
 
 def validate(config: Config, console: Console) -> None:
     """Read everything as training would, and account for every row."""
-    dataset = load(config)
+    dataset = load(config, console)
     table = Table("rows", "count", header_style="bold")
     for line, count in dataset.account.rows():
         table.add_row(line, f"{count:,}")
@@ -52,7 +51,7 @@ def validate(config: Config, console: Console) -> None:
 
 def describe(config: Config, console: Console) -> None:
     """The numbers one looks at first."""
-    dataset = load(config)
+    dataset = load(config, console)
     found = numbers_of(dataset, config.split.split(dataset.interactions, dataset.parts))
     table = Table("what", "value", header_style="bold", title=config.name)
     for name, value in found.items():
