@@ -149,9 +149,9 @@ def _say(console: Console, sentence: str) -> None:
 
 def on_ray(console: Console, storage: str, examples: Path, model: ModelConfig, training: TrainingConfig, *, name: str) -> Path:
     """One model on Ray Train, with a live bar; a finished run of this name is taken as it is."""
+    start_ray()  # before the first import of ray, which reads its environment then
     from cluster.train import run
 
-    start_ray()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -68,7 +68,8 @@ class Batch:
         for f in fields:
             if f.name not in arrays:
                 continue
-            column = torch.from_numpy(np.ascontiguousarray(arrays[f.name]))
+            # A memory-mapped column is read-only, which torch does not take: copy those.
+            column = torch.from_numpy(np.require(arrays[f.name], requirements=["C", "W"]))
             if f.shape == "dense":
                 dense.append(column.float().reshape(n, -1))
             else:

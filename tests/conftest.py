@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.registry import Registry
 from cluster.runtime import serving_environment
 from recsys.serve_config import ServeConfig
+from tests.small import Small, config_of, publish, write_data
 
 
 def free_port() -> int:
@@ -50,3 +53,18 @@ def ray_cluster() -> Iterator[str]:
 
     serve.shutdown()
     ray.shutdown()
+
+
+def pytest_unconfigure() -> None:
+    """HAProxy's folder was made for this session alone."""
+    shutil.rmtree(ENVIRONMENT["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A small recommender, trained in this process and published once for the session. Read it; publish into a registry of your own."""
+    folder = tmp_path_factory.mktemp("small")
+    write_data(folder)
+    config = config_of(folder)
+    registry = Registry(config.place("registry"))
+    return Small(config, registry, publish(config, registry))
