@@ -8,7 +8,9 @@ second one is started on the same files.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -223,12 +225,17 @@ class EmbeddedValkey:
         ]
 
     def _socket_path(self) -> Path:
-        """In the folder where its path is short enough for the kernel, else in a private folder of its own, kept over restarts."""
+        """In the folder where its path is short enough for the kernel, else in a private folder named after this one."""
         path = self.folder / "valkey.sock"
         if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
             return path
-        known = Path(self._written().get("socket", "/nowhere/valkey.sock"))
-        return known if _private(known.parent) else Path(tempfile.mkdtemp(prefix="rayfunnel-")) / "valkey.sock"
+        name = hashlib.blake2b(os.fsencode(self.folder), digest_size=8).hexdigest()
+        private = Path(tempfile.gettempdir()) / f"rayfunnel-{os.getuid()}-{name}"
+        with contextlib.suppress(FileExistsError):
+            private.mkdir(mode=0o700)
+        if not _private(private):  # somebody else made it: trust nothing in it
+            private = Path(tempfile.mkdtemp(prefix="rayfunnel-"))
+        return private / "valkey.sock"
 
     def _written(self) -> dict[str, str]:
         try:

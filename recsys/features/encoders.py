@@ -91,7 +91,7 @@ class Table:
 
 
 class Encoder(Protocol):
-    """What every kind of column offers. `encode` takes (n,) raw values, `one` a single one; both give the same answer."""
+    """What every kind of column offers. `encode` takes (n,) raw values: a whole column, or as a list the few of a request."""
 
     @property
     def size(self) -> int: ...
@@ -103,7 +103,6 @@ class Encoder(Protocol):
         ...
 
     def encode(self, values: Any) -> np.ndarray: ...
-    def one(self, value: Any) -> Any: ...
 
 
 @dataclass
@@ -121,10 +120,9 @@ class OneValue:
     def missing(self) -> np.ndarray:
         return np.array(MISSING, np.int32)
 
-    def one(self, value: Any) -> int:
-        return self.table.row(spelled(value))
-
     def encode(self, values: Any) -> np.ndarray:
+        if isinstance(values, list):
+            return np.fromiter((self.table.row(spelled(v)) for v in values), np.int32, len(values))
         codes, uniques = distinct(values)
         rows = np.append(self.table.rows([spelled(u) for u in uniques]), np.int32(MISSING))
         return take(rows, codes)
@@ -147,10 +145,9 @@ class ManyValues:
     def missing(self) -> np.ndarray:
         return np.zeros(self.width, np.int32)
 
-    def one(self, value: Any) -> np.ndarray:
-        return take(self._place([self.split(value)]), 0)
-
     def encode(self, values: Any) -> np.ndarray:
+        if isinstance(values, list):
+            return self._place([self.split(v) for v in values])
         codes, uniques = distinct(values)
         rows = self._place([self.split(u) for u in uniques])
         return take(np.concatenate([rows, self.missing[None]]), codes)
@@ -214,9 +211,6 @@ class Number:
     def missing(self) -> np.ndarray:
         return np.array([self.mean, 1.0][: self.width], np.float32)
 
-    def one(self, value: Any) -> np.ndarray:
-        return take(self.encode(np.array([as_float(value)])), 0)
-
     def encode(self, values: Any) -> np.ndarray:
         x = self.read(values)
         absent = np.isnan(x)
@@ -244,9 +238,6 @@ class Bins:
     def missing(self) -> np.ndarray:
         return np.array(MISSING, np.int32)
 
-    def one(self, value: Any) -> int:
-        return int(self.encode(np.array([as_float(value)]))[0])
-
     def encode(self, values: Any) -> np.ndarray:
         x = as_floats(values)
         with np.errstate(invalid="ignore"):
@@ -267,7 +258,7 @@ class Vector:
     def missing(self) -> np.ndarray:
         return np.zeros(self.width, np.float32)
 
-    def one(self, value: Any) -> np.ndarray:
+    def _floats(self, value: Any) -> np.ndarray:
         if isinstance(value, str):
             value = [part for part in value.split(self.separator) if part.strip()]
         if not isinstance(value, list | tuple | np.ndarray) or len(value) != self.width:
@@ -278,7 +269,7 @@ class Vector:
     def encode(self, values: Any) -> np.ndarray:
         out = np.zeros((len(values), self.width), np.float32)
         for i, value in enumerate(values):
-            out[i] = self.one(value)
+            out[i] = self._floats(value)
         return out
 
 
@@ -297,9 +288,6 @@ class Clock:
     @property
     def missing(self) -> np.ndarray:
         return np.array(MISSING, np.int32)
-
-    def one(self, value: Any) -> int:
-        return int(self.encode(np.array([as_float(value)]))[0])
 
     def encode(self, values: Any) -> np.ndarray:
         t = as_floats(values)
@@ -343,7 +331,7 @@ def splitter(kind: str, separator: str) -> Callable[[Any], list[str]]:
     return {"tags": tags, "sequence": values, "text": text}[kind]
 
 
-def take(rows: np.ndarray, at: np.ndarray | int) -> np.ndarray:
+def take(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
     """rows[at]; -1 is the last row."""
     taken: np.ndarray = rows[at]
     return taken

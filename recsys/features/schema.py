@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from recsys.core import FrozenConfig, Queries, Vocabulary
 from recsys.data.columns import ColumnConfig, Combiner
@@ -65,6 +65,8 @@ class IdConfig(FrozenConfig):
 class HistoryConfig(FrozenConfig):
     length: PositiveInt = 50
     """Newest events kept per user, in the examples and in the store."""
+    recent: NonNegativeInt = 5
+    """The newest few of them are pooled once more by themselves, as feature `recent`: what a user does now. 0: no such feature."""
     events: tuple[str, ...] | None = None
     """Event types that enter a user's history. Default: all but impression and view."""
     combiner: Combiner = "mean"
@@ -141,6 +143,8 @@ class FeatureSpace:
         yield from self._column_fields("user")
         items = self._id_field("item_id", "item")
         yield Field("history", "user", "sequence", "item_id", items.size, items.dim, width, pool)
+        if recent := min(self.config.history.recent, width):
+            yield Field("recent", "user", "sequence", "item_id", items.size, items.dim, recent, pool)
         yield items
         yield from self._column_fields("item")
         yield from self._column_fields("context")
@@ -217,6 +221,8 @@ class FeatureSpace:
             out[name] = gathered(np.asarray(user_columns[name]), queries.users, absent, encoder.missing)
         override(out, self.encoders["user"], queries.profiles)
         out["history"] = self.history(queries.history)
+        if recent := min(self.config.history.recent, self.config.history.length):
+            out["recent"] = out["history"][:, -recent:]
         for name, encoder in self.encoders["context"].items():
             if isinstance(encoder, Clock):
                 out[name] = encoder.encode(queries.at)
@@ -291,8 +297,13 @@ def gathered(column: np.ndarray, rows: np.ndarray, absent: np.ndarray, missing: 
 
 def override(out: Mapping[str, np.ndarray], encoders: Mapping[str, Encoder], given: Sequence[Mapping[str, Any]]) -> None:
     """Write into row b of each named (B, …) array what query b brings of its own."""
+    brought: dict[str, tuple[list[int], list[Any]]] = {}
     for b, values in enumerate(given):
         for name, value in values.items():
-            encoder = encoders.get(name)
-            if encoder is not None and not isinstance(encoder, Clock):  # the clock is the server's
-                out[name][b] = encoder.one(value)
+            rows, raw = brought.setdefault(name, ([], []))
+            rows.append(b)
+            raw.append(value)
+    for name, (rows, raw) in brought.items():
+        encoder = encoders.get(name)
+        if encoder is not None and not isinstance(encoder, Clock):  # the clock is the server's
+            out[name][rows] = encoder.encode(raw)

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -176,7 +177,9 @@ def test_it_listens_on_a_private_socket_and_syncs_every_answer(tmp_path):
     assert {"port 0", "appendonly yes", "appendfsync always", "maxmemory-policy volatile-lru", "maxmemory 64mb"} <= set(settings)
 
 
-def test_a_path_too_long_for_a_socket_gets_a_private_folder_and_keeps_it(tmp_path):
+def test_a_path_too_long_for_a_socket_gets_a_private_folder_and_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", "/tmp")
     deep = tmp_path / ("long-" * 15) / ('quo"ted ' * 5)
     with EmbeddedValkey(deep) as server:
         path = Path(server.url.removeprefix("unix://"))
@@ -189,6 +192,11 @@ def test_a_path_too_long_for_a_socket_gets_a_private_folder_and_keeps_it(tmp_pat
         assert told(server.url) == ["a"]
     with EmbeddedValkey(deep) as server:
         assert server.url == f"unix://{path}"
+    path.parent.chmod(0o755)  # as if another user had made it: not trusted any more
+    with EmbeddedValkey(deep) as server:
+        assert Path(server.url.removeprefix("unix://")).parent != path.parent
+        assert told(server.url) == ["a"]
+    Path(server.url.removeprefix("unix://")).parent.rmdir()
     path.parent.rmdir()
 
 

@@ -247,6 +247,7 @@ def test_queries_read_as_the_log_reads():
     assert got["history"].shape == (2, 50)
     assert got["history"][0, -4:].tolist() == [0, rows[0], rows[3], rows[1]]
     assert not got["history"][1].any()
+    assert got["recent"][0].tolist() == [0, 0, rows[0], rows[3], rows[1]], "the newest five once more, by themselves"
 
 
 def test_a_batch_of_queries_is_as_good_as_its_queries_one_by_one():
@@ -282,7 +283,7 @@ def test_whatever_a_request_brings_is_encoded_not_raised_and_as_a_column_would_b
     for side, columns in names.items():
         for name in columns:
             encoder = space.encoders[side][name]
-            assert np.array_equal(encoder.one(junk), encoder.encode(pd.Series([junk], dtype=object))[0]), name
+            assert np.array_equal(encoder.encode([junk]), encoder.encode(pd.Series([junk], dtype=object))), name
 
 
 def test_a_saved_space_encodes_alike_and_has_the_same_schema(tmp_path):
