@@ -243,13 +243,12 @@ def publish(
 
     Example: rayfunnel publish -c configs/movielens.yaml --folder /mnt/other/registry/bundles/v000007-0a1b2c3d
     """
-    loaded = load(config, settings)
     if folder is None:
         from cluster import pipeline
 
-        version = pipeline.publish(loaded, out)
+        version = pipeline.publish(load(config, settings), out)
     else:
-        version = registry(loaded).publish(folder)
+        version = registry(config, settings).publish(folder)
     out.print(f"Published [bold]{version}[/]. Put it to work: rayfunnel promote {version}")
 
 
@@ -265,7 +264,7 @@ def promote(
     Examples: rayfunnel promote -c configs/movielens.yaml, or with a version: rayfunnel promote -c configs/movielens.yaml 3
     """
     alias: Literal["canary", "production"] = "canary" if canary else "production"
-    out.print(f"[bold]{registry(load(config, settings)).promote(version, alias=alias)}[/] is {alias}")
+    out.print(f"[bold]{registry(config, settings).promote(version, alias=alias)}[/] is {alias}")
 
 
 @app.command(rich_help_panel=REGISTRY)
@@ -274,7 +273,7 @@ def rollback(config: ConfigFiles, settings: Settings = None) -> None:
 
     Example: rayfunnel rollback -c configs/movielens.yaml
     """
-    out.print(f"[bold]{registry(load(config, settings)).rollback()}[/] is production again")
+    out.print(f"[bold]{registry(config, settings).rollback()}[/] is production again")
 
 
 @app.command(rich_help_panel=REGISTRY)
@@ -283,7 +282,7 @@ def versions(config: ConfigFiles, settings: Settings = None) -> None:
 
     Example: rayfunnel versions -c configs/movielens.yaml
     """
-    held = registry(load(config, settings))
+    held = registry(config, settings)
     found = held.list()
     if not found:
         out.print(f"No version in {held.where} yet. Publish one: rayfunnel train")
@@ -359,11 +358,19 @@ def load(files: Sequence[Path], settings: Sequence[str] | None) -> Config:
     return config
 
 
-def registry(config: Config) -> Registry:
-    """The registry of a configuration."""
+def registry(files: Sequence[Path], settings: Sequence[str] | None) -> Registry:
+    """The registry of a configuration, of which nothing but names and places is read: it opens in a second."""
     from cluster.registry import open_registry
+    from cluster.runtime import refuse_relative_workdir
+    from recsys.config_file import read_as
+    from recsys.places import OnlyPlaces
 
-    return open_registry(config.place("registry"))
+    loaded = read_as(OnlyPlaces, files, settings or ())
+    if loaded.config is None:
+        raise ConfigError([str(fault) for fault in loaded.faults])
+    if loaded.config.registry is None:
+        refuse_relative_workdir(loaded.config.workdir)
+    return open_registry(loaded.config.place("registry"))
 
 
 def say(error: RayfunnelError) -> None:

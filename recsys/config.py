@@ -27,6 +27,7 @@ from recsys.evidence import EVIDENCE
 from recsys.features.schema import FeaturesConfig, HistoryConfig
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
+from recsys.places import Places
 from recsys.recall.merge import MergeConfig
 from recsys.recall.neighbors import ItemCFConfig
 from recsys.recall.popular import PopularConfig
@@ -143,17 +144,11 @@ class EvaluateConfig(FrozenConfig):
     """Protocol ncf: items that the positive stands against."""
 
 
-class Config(FrozenConfig):
+class Config(Places):
     """One recommender, from its log to its HTTP address."""
 
-    name: str = Field(default="recommender", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of this recommender; letters, digits, dot, dash and underscore."""
     seed: NonNegativeInt = 1
     """Of everything drawn at random: equal seeds give equal bundles."""
-    workdir: str | None = None
-    """Folder or URI of all state: data, examples, runs, registry, events, store. null: ./.rayfunnel/<name>."""
-    registry: str | None = Field(default=None, repr=False)
-    """Folder or URI of the published bundles. null: registry under workdir."""
     redis_url: str | None = Field(default=None, repr=False)
     """Redis or Valkey of the feature store, such as rediss://:${REDIS_PASSWORD}@host:6379/0. null: an embedded Valkey."""
     fetch: Literal["ml-100k"] | None = None
@@ -183,7 +178,7 @@ class Config(FrozenConfig):
 
     _base: Path = PrivateAttr(default_factory=Path)
 
-    @field_serializer("redis_url", "registry", when_used="json")
+    @field_serializer("redis_url", when_used="json")
     def _masked(self, value: str | None) -> str | None:
         return redact(value) if value else value
 
@@ -198,18 +193,6 @@ class Config(FrozenConfig):
         return self._base
 
     @property
-    def root(self) -> str:
-        """The workdir: an absolute path, or a URI."""
-        workdir = self.workdir or f".rayfunnel/{self.name}"
-        return workdir.rstrip("/") if "://" in workdir else str(Path(workdir).expanduser().absolute())
-
-    def place(self, part: Literal["data", "examples", "runs", "registry", "events", "store"]) -> str:
-        """Where one part of the state lives: an absolute path, or a URI."""
-        if part == "registry" and self.registry is not None:
-            return self.registry if "://" in self.registry else str(Path(self.registry).expanduser().absolute())
-        return f"{self.root}/{part}"
-
-    @property
     def fetched(self) -> Path | None:
         """Where `fetch` lies: in the workdir, or in the user's cache where the workdir is a URI."""
         if self.fetch is None:
@@ -220,7 +203,7 @@ class Config(FrozenConfig):
     def document(self) -> dict[str, Any]:
         """What a bundle keeps of this: JSON-able, passwords masked, and `Config.model_validate` reads it back."""
         found: dict[str, Any] = json.loads(json.dumps(written(self), default=str))
-        for name in ("redis_url", "registry"):
+        for name in ("redis_url", "registry", "workdir"):
             if isinstance(found.get(name), str):
                 found[name] = redact(found[name])
         return found

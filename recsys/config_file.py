@@ -272,6 +272,8 @@ def read_as(
     tree = reader.read(files, settings)
     for short, path in (places or {}).items():
         tree = _placed(tree, short, path.split("."))
+    if schema.model_config.get("extra") == "ignore":  # what it does not read cannot be at fault
+        tree = Node({name: child for name, child in tree.value.items() if name in schema.model_fields}, tree.origin)
     kept = {name: tree.value[name] for name in as_written if name in tree.value}
     rest = Node({name: child for name, child in tree.value.items() if name not in kept}, tree.origin)
     tree = Node(reader.expanded(rest).value | kept, tree.origin)

@@ -22,7 +22,7 @@ LAYERS = (
     ("features", "evidence", "moments"),
     ("metrics", "batches", "models", "recall", "rerank"),
     ("training", "validation", "export"),
-    ("config_faults", "config_file", "config_manual", "serve_config", "config"),
+    ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
     ("bundle", "prepared"),
     ("channels", "funnel"),
     ("examples", "evaluate", "packing", "recipe", "report_page"),

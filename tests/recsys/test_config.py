@@ -9,9 +9,10 @@ from pydantic import BaseModel
 
 from recsys.config import Config, load, manual, read, written
 from recsys.config_faults import redact
-from recsys.config_file import Reader
+from recsys.config_file import Reader, read_as
 from recsys.config_manual import document
 from recsys.errors import ConfigError
+from recsys.places import OnlyPlaces
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = "data: {interactions: {path: log.csv}}\n"
@@ -220,6 +221,15 @@ def test_paths_of_state_and_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (remote.place("runs"), remote.place("registry")) == ("s3://bucket/x/runs", "/mnt/registry")
     elsewhere = load([tmp_path / "configs" / "mine.yaml"], ["data.interactions={path: other.csv}"])
     assert elsewhere.base == tmp_path  # written on the command line: from where one stands
+
+
+def test_the_places_are_read_without_looking_at_anything_else(tmp_path: Path) -> None:
+    path = file(tmp_path, "extends: base.yaml\nname: x\nworkdir: /w\nredis_url: ${NOT_SET_ANYWHERE}\nfine_rank: 3\n")
+    places = read_as(OnlyPlaces, [path], ["name=y"]).config
+    assert places is not None
+    assert (places.name, places.place("registry")) == ("y", "/w/registry")
+    wrong = read_as(OnlyPlaces, [path], ["name=a b", "workdir=3"])
+    assert [fault.path for fault in wrong.faults] == ["name", "workdir"]
 
 
 def test_a_fetched_data_set_is_found_by_its_placeholder(tmp_path: Path) -> None:
