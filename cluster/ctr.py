@@ -69,7 +69,7 @@ def evaluate_ctr(config: Config, console: Console, *, models: Sequence[str] | No
     rows = [_row("item_prior", prepared, test, _item_prior(prepared, test), 0.0)] if models is None or "item_prior" in models else []
     for name in wanted:
         start = time.perf_counter()
-        trained = pipeline.on_ray(
+        trained = pipeline.train_on_ray(
             console, str(pipeline.state(config, "runs", run)), folder, known[name], config.fine_rank.training, name=f"ctr_{name}"
         )
         fitted = time.perf_counter() - start

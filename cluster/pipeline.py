@@ -140,14 +140,14 @@ def recipe(config: Config, console: Console, *, protocol: Protocol | None = None
     document = {k: v for k, v in config.document().items() if k not in NOT_LEARNT_FROM}
     key = state_key(data_key, document)
     storage = f"{config.root}/runs/{key}" if "://" in config.root else str(state(config, "runs", key))
-    return Recipe(config, prepared, state(config, "examples", key), partial(on_ray, console, storage), partial(_say, console)), key
+    return Recipe(config, prepared, state(config, "examples", key), partial(train_on_ray, console, storage), partial(_say, console)), key
 
 
 def _say(console: Console, sentence: str) -> None:
     console.print(f"[dim]{escape(sentence)}[/]", highlight=False)
 
 
-def on_ray(console: Console, storage: str, examples: Path, model: ModelConfig, training: TrainingConfig, *, name: str) -> Path:
+def train_on_ray(console: Console, storage: str, examples: Path, model: ModelConfig, training: TrainingConfig, *, name: str) -> Path:
     """One model on Ray Train, with a live bar; a finished run of this name is taken as it is."""
     start_ray()  # before the first import of ray, which reads its environment then
     from cluster.train import run

@@ -98,7 +98,15 @@ def start_ray(
             ray.init(address="auto", log_to_driver=True)
         else:
             # "local": a Ray that somebody else started on this host is not ours to use unless RAY_ADDRESS says so.
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, object_store_memory=object_store_bytes)
+            # Workers log into files of the session: progress and faults reach the caller as such, not as chatter.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                object_store_memory=object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}" if adopt else "a local Ray cluster"
         raise RayfunnelError(f"Could not reach {where}: {error}") from error
