@@ -87,7 +87,9 @@ def start_ray(
     Raises RayfunnelError when RAY_ADDRESS names a cluster that does not answer, or Ray cannot start.
     """
     adopt = bool(os.environ.get("RAY_ADDRESS")) or inside_job()
-    if not adopt:
+    if adopt:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
+    else:
         _set_environment(env or {})
     import ray
 
@@ -112,6 +114,19 @@ def start_ray(
         raise RayfunnelError(f"Could not reach {where}: {error}") from error
     resources = ray.cluster_resources()
     log.info("ray %s cpus=%g gpus=%g", "adopted" if adopt else "started", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nobody listens at host:port; Ray itself would try for half a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise RayfunnelError(
+            f"No Ray cluster answers at RAY_ADDRESS={address} ({error}). Start it, correct the address, or unset RAY_ADDRESS to use a local one."
+        ) from error
 
 
 def _set_environment(env: Mapping[str, str]) -> None:
