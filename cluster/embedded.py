@@ -162,25 +162,32 @@ class EmbeddedValkey:
 
     def _run(self) -> None:
         """Start the server, unless one that is only slow to answer runs on these files; return when it answers."""
-        if self._process is not None and self._process.poll() is not None:
-            self._process = None
-        with (self.folder / "server.lock").open("ab") as lock:
-            if _taken(lock):  # nobody serves these files: the new server inherits the lock
-                self._launch(lock)
+        launched = False
         deadline = time.monotonic() + self.start_timeout_s
-        while not self._answers():
-            if self._process is not None and (code := self._process.poll()) is not None:
+        while not self._ending.is_set():
+            launched = launched or self._launched()
+            if self._answers():
+                return
+            if launched and self._process is not None and (code := self._process.poll()) is not None:
                 self._process = None
                 raise StoreError(
                     f"The embedded Valkey in '{self.folder}' ended at once with code {code}. Its log says: {self._last_words()}"
                 )
-            if self._ending.is_set():
-                return
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"The embedded Valkey in '{self.folder}' did not answer within {self.start_timeout_s:.0f} s. Its log says: {self._last_words()}"
+                    f"The embedded Valkey in '{self.folder}' did not answer within {self.start_timeout_s:g} s. Its log says: {self._last_words()}"
                 )
             time.sleep(_POLL_S)
+
+    def _launched(self) -> bool:
+        """Start a server if nobody serves these files; it inherits the lock that says so."""
+        with (self.folder / "server.lock").open("ab") as lock:
+            if not _taken(lock):
+                return False
+            if self._process is not None:
+                self._process.wait()  # it let go of the lock: it is as good as gone
+            self._launch(lock)
+        return True
 
     def _launch(self, lock: IO[bytes]) -> None:
         try:
