@@ -281,8 +281,8 @@ def manual() -> str:
 
 
 MANUAL_HEADER = """\
-# Every key with its default and what it does. A configuration of your own says `extends: base.yaml` and only what differs.
-# Nothing here needs to be repeated: a mapping is merged key by key, anything else replaces; null takes a default away.
+# Every key with its default and what it does. A configuration of your own says `extends: base.yaml` and only what differs:
+# a mapping is merged key by key, anything else replaces; null takes a default away. (Without `extends`, these hold too.)
 #
 # extends: path of one file, relative to the file that says so.
 # ${NAME} and ${NAME:-default} take a value from the environment; for passwords.
@@ -295,7 +295,7 @@ MANUAL_HEADER = """\
 
 def read(files: Sequence[Path], settings: Sequence[str] = ()) -> Loaded[Config]:
     """The configuration of these files (later ones win) and `path=value` settings, or every fault in it."""
-    loaded = read_as(Config, files, settings, places=PLACES, as_written=("data",))
+    loaded = read_as(Config, files, settings, places=PLACES, as_written=("data",), defaults=manual())
     if loaded.config is None:
         return loaded
     found = [Fault(loaded.tree.at(path.split(".")), path, sentence) for path, sentence in loaded.config.contradictions()]

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ValidationError
 from recsys.config_faults import Fault, Origin, explain, nearest
 
 Schema = TypeVar("Schema", bound=BaseModel)
-SHIPPED = Path(__file__).parent.parent / "configs"
-"""The configurations that come with the code: `extends: base.yaml` finds them from anywhere."""
+BASE = Path(__file__).parent.parent / "configs" / "base.yaml"
+"""The base file that comes with the code: `extends: base.yaml` finds it, and its neighbours, from anywhere."""
 ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 """`${NAME}` or `${NAME:-default}` inside a string: for secrets, which do not belong into a file under version control."""
 
@@ -103,9 +103,14 @@ class Reader:
     faults: list[Fault] = field(default_factory=list)
     readable: bool = True
 
-    def read(self, files: Sequence[Path], settings: Sequence[str] = ()) -> Node:
-        """Merge the files in order, each after what it extends, then `path=value` settings. A file counts once: its first place."""
+    def read(self, files: Sequence[Path], settings: Sequence[str] = (), defaults: str = "") -> Node:
+        """Merge the files in order, each after what it extends, then `path=value` settings. A file counts once: its first place.
+
+        `defaults` is the text of the shipped base file; it lies under all others, whether they extend it or not.
+        """
         layers: dict[Path, Node] = {}
+        if defaults:
+            layers[BASE.resolve()] = self.parse_text(defaults, BASE.name) or Node({}, Origin(BASE.name))
         for file in files:
             self._layers(Path(file), layers, chain=(), origin=None)
         tree = Node({}, Origin("defaults"))
@@ -149,8 +154,9 @@ class Reader:
         if parent is not None and not isinstance(parent.value, str):
             self.faults.append(Fault(parent.origin, "extends", "must be the path of one file, relative to this one", value=parent.plain()))
         elif parent is not None:
-            beside, shipped = file.parent / parent.value, SHIPPED / parent.value
-            self._layers(beside if beside.exists() or not shipped.exists() else shipped, layers, (*chain, key), parent.origin)
+            beside, shipped = file.parent / parent.value, BASE.parent / parent.value
+            known = shipped.exists() or shipped.resolve() in layers
+            self._layers(beside if beside.exists() or not known else shipped, layers, (*chain, key), parent.origin)
         layers[key] = node
 
     def _parse(self, file: Path, origin: Origin | None) -> Node | None:
@@ -262,14 +268,15 @@ def read_as(
     *,
     places: Mapping[str, str] | None = None,
     as_written: Sequence[str] = (),
+    defaults: str = "",
 ) -> Loaded[Schema]:
     """Read files and settings as one configuration of this class; every fault of the files and of the values at once.
 
     `places`: a short name of a section -> the dotted path it stands for. `as_written`: sections whose owner fills in
-    environment variables itself.
+    environment variables itself. `defaults`: the base file's text, under all files.
     """
     reader = Reader()
-    tree = reader.read(files, settings)
+    tree = reader.read(files, settings, defaults)
     for short, path in (places or {}).items():
         tree = _placed(tree, short, path.split("."))
     if schema.model_config.get("extra") == "ignore":  # what it does not read cannot be at fault

@@ -39,9 +39,9 @@ def test_base_yaml_is_what_the_classes_say() -> None:
 
 
 def test_base_yaml_holds_the_default_of_every_key(tmp_path: Path) -> None:
-    alone = load([file(tmp_path, MINIMAL)])
-    based = load([file(tmp_path, f"extends: {CONFIGS}/base.yaml\nname: recommender\n{MINIMAL}", "based.yaml")])
-    assert based == alone
+    by_code = Config.model_validate(yaml.safe_load(MINIMAL))
+    for text in (MINIMAL, f"extends: {CONFIGS}/base.yaml\n{MINIMAL}"):
+        assert load([file(tmp_path, text)]).model_dump() == by_code.model_dump()
 
 
 def test_every_key_of_every_section_is_documented() -> None:
@@ -96,6 +96,13 @@ def test_a_file_extends_another_and_an_overlay_wins_over_both(tmp_path: Path) ->
     assert (config.name, config.seed, config.fine_rank.keep) == ("other", 7, 50)
     training = config.fine_rank.training
     assert (training.epochs, training.batch_size, training.learning_rate) == (3, 512, 0.001)
+
+
+def test_defaults_lie_under_a_file_that_extends_nothing(tmp_path: Path) -> None:
+    path = file(tmp_path, MINIMAL + "recall: {channels: {item_cf: {neighbors: 7}}}\nfine_rank: {model: {dim: 3}}\n")
+    config = load([path], ["recall.channels.popular=null"])
+    assert list(config.recall.channels) == ["two_tower", "item_cf", "realtime"]
+    assert (config.fine_rank.model.type, config.fine_rank.model.dim) == ("deepfm", 3)
 
 
 def test_an_overlay_that_extends_base_does_not_undo_what_lies_below_it(tmp_path: Path) -> None:
