@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from recsys.errors import TrainingError
 from recsys.training import Progress
@@ -93,12 +95,7 @@ class Checkpoints:
         """Fill the tensors of `state` in place; they may be sharded otherwise than when they were saved. Collective if there is a group."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP's word on ShardedTensor and on running alone
-            dcp.load(state, storage_reader=self._reader(name), no_dist=not dist.is_initialized())
-
-    def shapes(self, name: str) -> dict[str, Any]:
-        """DCP's metadata of every saved tensor, by name."""
-        found: dict[str, Any] = self._reader(name).read_metadata().state_dict_metadata
-        return found
+            load(state, storage_reader=self._reader(name), no_dist=not dist.is_initialized())
 
     def save(self, state: dict[str, Any], progress: Progress, run: dict[str, Any]) -> None:
         """Write a checkpoint; every worker calls it. Old ones go once the new one is complete."""
@@ -112,7 +109,7 @@ class Checkpoints:
         dist.barrier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save(state, storage_writer=self._writer(name))
+            save(state, storage_writer=self._writer(name))
         mine = [f for f in self._files(path) if f.startswith(f"__{rank}_") or (rank == 0 and not f.startswith("__"))]
         sums: list[Any] = [None] * size
         dist.all_gather_object(sums, {f: self._checksum(f"{path}/{f}") for f in mine})
@@ -155,14 +152,14 @@ class Checkpoints:
 
     def _writer(self, name: str) -> Any:
         if self.local:
-            return dcp.FileSystemWriter(f"{self.root}/{name}")
+            return FileSystemWriter(f"{self.root}/{name}")
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
         return FsspecWriter(f"{self.folder}/{name}")
 
     def _reader(self, name: str) -> Any:
         if self.local:
-            return dcp.FileSystemReader(f"{self.root}/{name}")
+            return FileSystemReader(f"{self.root}/{name}")
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
         return FsspecReader(f"{self.folder}/{name}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import _apply_optimizer_in_backward as optimise_in_backward
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward as optimise_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -237,7 +237,7 @@ class Sharding:
             }
             optimizer, arguments = kinds[self.config.embedding_optimizer]
             optimise_in_backward(optimizer, fused, arguments)
-        self.wrapped = self._wrap(model)
+        self.wrapped: Any = self._wrap(model)
         self.dense_optimizer = dense_optimizer(list(self.dense.values()), self.config)
         self.copied_optimizer = table_optimizer(copied, self.config) if copied else None
         self.optimizers = [o for o in (self.dense_optimizer, self.copied_optimizer) if o is not None]
@@ -253,7 +253,10 @@ class Sharding:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchrec's own deprecations
             plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-            return DistributedModelParallel(model, device=self.device, plan=plan, sharders=sharders, init_data_parallel=self.size > 1)
+            wrapped: nn.Module = DistributedModelParallel(
+                model, device=self.device, plan=plan, sharders=sharders, init_data_parallel=self.size > 1
+            )
+            return wrapped
 
     def _constraint(self, table: Table) -> ParameterConstraints:
         kind = self._kind(table.name)

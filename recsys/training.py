@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 EPSILON = 1e-8
 """Added to the root in Adagrad, in every implementation alike."""
 
-Sharding = Literal["planner", "table_wise", "column_wise", "row_wise", "data_parallel"]
+ShardingKind = Literal["planner", "table_wise", "column_wise", "row_wise", "data_parallel"]
 ModelConfig = TwoTowerConfig | DeepFMConfig | LogisticRegressionConfig
 
 
@@ -67,9 +67,9 @@ class TrainingConfig(FrozenConfig):
     """CPUs a worker reserves; its threads follow."""
     use_gpu: bool = False
     """One GPU per worker."""
-    sharding: Sharding = "planner"
+    sharding: ShardingKind = "planner"
     """How tables are spread over workers."""
-    sharding_by_table: dict[str, Sharding] = Bound(default_factory=dict)
+    sharding_by_table: dict[str, ShardingKind] = Bound(default_factory=dict)
     """Tables that differ from `sharding`, by table name."""
     checkpoint_every_steps: NonNegativeInt = 0
     """Steps between checkpoints inside an epoch; 0: at the end of each epoch alone."""
@@ -101,7 +101,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Report:
-    """One progress report. `metrics` is filled at the end of an epoch; `seconds` runs since the worker began to train."""
+    """One progress report: `loss` is the mean over the steps since the last one. At the end of an epoch `metrics` is filled and
+    `loss` is the epoch's. `seconds` runs since the worker began to train."""
 
     epoch: int
     epochs: int
@@ -191,12 +192,13 @@ class _Run:
         """From state.step to the end of the epoch, then validation, bookkeeping and a snapshot."""
         steps = self.examples.steps(self.config.batch_size)
         self._train(state, steps)
-        losses = self.workers.sum(torch.tensor(state.losses, dtype=torch.float64)) / self.workers.size
+        state.losses = self._agreed(state.losses)
+        loss = sum(state.losses) / len(state.losses)
         self.model.eval()
         found = validate(lambda batch: self.forward(batch.to(self.device)), self.model, self.examples, self.workers)
-        state.epochs.append({"epoch": float(state.epoch), "loss": float(losses.mean()), **found})
+        state.epochs.append({"epoch": float(state.epoch), "loss": loss, **found})
         best = self._judge(state, found)
-        self._report(state, steps, float(losses.mean()), 0.0, found)
+        self._report(state, steps, loss, 0.0, found)
         state.epoch, state.step, state.losses = state.epoch + 1, 0, []
         self.snapshots.save(state, best=best)
 
@@ -221,10 +223,17 @@ class _Run:
             state.step += 1
             if state.step % c.report_every_steps == 0 or state.step == steps:
                 now = time.perf_counter()
-                self._report(state, steps, state.losses[-1], (state.step - at) * rows / (now - reported), None)
+                recent = self._agreed(state.losses[at - state.step :])
+                self._report(state, steps, sum(recent) / len(recent), (state.step - at) * rows / (now - reported), None)
                 reported, at = now, state.step
             if c.checkpoint_every_steps and state.step % c.checkpoint_every_steps == 0 and state.step < steps:
+                state.losses = self._agreed(state.losses)
                 self.snapshots.save(state, best=False)
+
+    def _agreed(self, losses: list[float]) -> list[float]:
+        """Each step's loss over the whole global batch: the mean of the workers' means."""
+        every: list[float] = (self.workers.sum(torch.tensor(losses, dtype=torch.float64)) / self.workers.size).tolist()
+        return every
 
     def _step(self, batch: Batch, state: Progress) -> float:
         out = self.forward(batch)
