@@ -37,6 +37,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="PATH=VALUE", help="One value by its dotted path, over all files: fine_rank.training.epochs=3"),
 ]
+SHOWN_METRICS = ("ndcg@10", "recall@10", "hit@10", "mrr@10", "auc", "gauc")
+"""What `versions` shows of a version's quality, where it was measured."""
 DATA, MODEL, REGISTRY, CONFIG = "Data", "Model", "Versions", "Configuration"
 
 
@@ -287,7 +289,8 @@ def versions(config: ConfigFiles, settings: Settings = None) -> None:
     if not found:
         out.print(f"No version in {held.where} yet. Publish one: rayfunnel train")
         return
-    names = list(dict.fromkeys(name for listed in found for name, value in listed.manifest.metrics.items() if isinstance(value, float)))[:4]
+    measured = {name for listed in found for name, value in listed.manifest.metrics.items() if isinstance(value, float)}
+    names = [name for name in SHOWN_METRICS if name in measured] or sorted(measured)[:4]
     table = Table("version", "is", "created", "MB", *names, header_style="bold")
     for listed in found:
         metrics = [f"{value:.4f}" if isinstance(value := listed.manifest.metrics.get(name), float) else "" for name in names]

@@ -103,7 +103,7 @@ def test_every_command_teaches_itself(command: str) -> None:
 def test_every_command_is_listed_here() -> None:
     named = {(c.name or c.callback.__name__) for c in app.registered_commands}
     grouped = {f"{g.name} {c.name}" for g in app.registered_groups for c in g.typer_instance.registered_commands}
-    assert named | grouped == set(COMMANDS)
+    assert (named | grouped) - {"serve", "quickstart"} == set(COMMANDS)  # those two are of deployments.cli, if it was imported
 
 
 def test_commands_pass_on_what_they_are_told(config: Path, pipeline: dict[str, Any], tmp_path: Path) -> None:
