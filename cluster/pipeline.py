@@ -32,6 +32,7 @@ from recsys import packing
 from recsys.bundle import read_manifest
 from recsys.config import Config, Protocol
 from recsys.core import canonical_id
+from recsys.ctr_protocol import judge_ctr
 from recsys.data.paths import resolver
 from recsys.data.split import SplitConfig
 from recsys.errors import BundleError, ConfigError
@@ -243,9 +244,7 @@ def evaluate(
 
     wanted, _ = _split_of(config, protocol)
     if wanted == "ctr":
-        from cluster.ctr import evaluate_ctr
-
-        document = evaluate_ctr(config, console, models=models)
+        document = _judge_ctr(config, console, models)
     else:
         steps, _ = recipe(config, console, protocol=wanted)
         report = _judge(config, steps, console, protocol=wanted)
@@ -271,20 +270,41 @@ def _judge(config: Config, steps: Recipe, console: Console, *, protocol: Protoco
         return evaluate_funnel(funnel, held_out, counts, protocol=wanted, ks=config.evaluate.ks, progress=lambda n: bars.advance(bar, n))
 
 
+def _judge_ctr(config: Config, console: Console, models: Sequence[str] | None) -> dict[str, Any]:
+    prepared, data_key = prepare(config, console, protocol="ctr")
+    document = config.document()
+    key = state_key(data_key, document.get("fine_rank"), document.get("seed"))
+    train = partial(train_on_ray, console, str(state(config, "runs", key)))
+    found = judge_ctr(config, prepared, state(config, "examples", key) / "ctr", train, models=models)
+    names = list(found["rows"][0]["metrics"])
+    table = Table("model", *names, "fit s", title=f"ctr: {found['test_rows']:,} test rows", title_justify="left", header_style="bold")
+    for row in found["rows"]:
+        table.add_row(row["model"], *(f"{row['metrics'][m]:.4f}" for m in names), f"{row['seconds']['fit']:.0f}")
+    console.print(table)
+    return found
+
+
 def _table(report: Report) -> Table:
     document = report.as_json()
-    names = [n for row in document["rows"][:1] for n in row["metrics"] if n in ("ndcg@10", "recall@10", "hit@10", "mrr@10", "coverage@10")]
-    table = Table(
-        "model", *names, "ndcg@10 95 %", "ms/user", header_style="bold", title_justify="left",
-        title=f"{report.protocol}: {report.users:,} users ({int(report.warm.sum()):,} with a history), full catalogue of {report.n_items:,}, seen filtered",
-    )  # fmt: skip
+    names = [n for row in document["rows"][:1] for n in row["metrics"] if n in ("ndcg@10", "recall@10", "mrr@10", "coverage@10")]
+    table = Table("model", header_style="bold", title_justify="left", caption_justify="left")
+    table.title = (
+        f"{report.protocol}: {report.users:,} users, {int(report.warm.sum()):,} with a history; all {report.n_items:,} items, seen filtered"
+    )
+    for name in (*names[:1], "± 95 %", *names[1:], "ms/user"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in document["rows"]:
         low, high = row["interval"]["ndcg@10"]
-        ms = 1000 * row["seconds"]["predict"] / max(report.users, 1)
-        table.add_row(row["model"], *(f"{row['metrics'][n]:.4f}" for n in names), f"{low:.4f} .. {high:.4f}", f"{ms:.2f}")
+        shown = [f"{row['metrics'][n]:.4f}" for n in names]
+        table.add_row(
+            row["model"],
+            *shown[:1],
+            f"{(high - low) / 2:.4f}",
+            *shown[1:],
+            f"{1000 * row['seconds']['predict'] / max(report.users, 1):.2f}",
+        )
     losses = ", ".join(f"{name} {share:.3f}" for name, share in report.stage_recall.items())
     table.caption = f"of what users took next, still there after: {losses}; coarse-fine Spearman {report.spearman:.3f}"
-    table.caption_justify = "left"
     return table
 
 
