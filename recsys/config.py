@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, PrivateAttr, field_serializer, field_validator
 
-from recsys.config_faults import Fault, nearest, redact
+from recsys.config_faults import Fault, flatten, nearest, redact, tag_of
 from recsys.config_file import Loaded, read_as
 from recsys.config_manual import template
 from recsys.core import FrozenConfig
@@ -38,7 +38,8 @@ from recsys.serve_config import ServeConfig
 from recsys.training import TrainingConfig
 
 ChannelConfig = Annotated[ItemCFConfig | PopularConfig | RealtimeConfig | VectorConfig, Field(discriminator="type")]
-CHANNELS = ("item_cf", "popular", "realtime", "two_tower")
+CHANNELS = tuple(tag for member in flatten(ChannelConfig) if (tag := tag_of(member)) is not None)
+"""The types of channels."""
 RankerConfig = Annotated[DeepFMConfig | LogisticRegressionConfig, Field(discriminator="type")]
 Protocol = Literal["next_item", "top_n", "time", "ncf", "ctr"]
 PLACES = {"history": "features.history"}

@@ -154,7 +154,7 @@ class Reader:
         if parent is not None and not isinstance(parent.value, str):
             self.faults.append(Fault(parent.origin, "extends", "must be the path of one file, relative to this one", value=parent.plain()))
         elif parent is not None:
-            beside, shipped = file.parent / parent.value, BASE.parent / parent.value
+            beside, shipped = file.parent / parent.value, BASE.parent / Path(parent.value).name
             known = shipped.exists() or shipped.resolve() in layers
             self._layers(beside if beside.exists() or not known else shipped, layers, (*chain, key), parent.origin)
         layers[key] = node

@@ -273,3 +273,21 @@ def test_an_upload_without_its_manifest_is_not_a_version(tmp_path: Path) -> None
 def test_an_unknown_kind_of_uri_is_refused() -> None:
     with pytest.raises(BundleError, match=r"'nope://user:\*\*\*@x/y' cannot be opened .* Give a folder, or a URI such as s3://bucket/path"):
         open_registry("nope://user:secret@x/y")
+
+
+def test_a_publisher_killed_in_the_middle_leaves_no_version(folder: Registry) -> None:
+    code = f"""
+        import os, signal
+        from cluster.registry import Registry
+
+        def fill(at):
+            (at / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Registry({str(folder.root)!r}).publish(fill)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=False)
+    assert done.returncode == -9
+    assert folder.versions() == []
+    assert folder.publish(content("a")) in folder.versions()
+    assert len(folder.versions()) == 1

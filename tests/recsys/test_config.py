@@ -115,7 +115,8 @@ def test_an_overlay_that_extends_base_does_not_undo_what_lies_below_it(tmp_path:
 def test_extends_is_relative_to_its_file_and_finds_the_shipped_base_from_anywhere(tmp_path: Path) -> None:
     file(tmp_path, MINIMAL, "parent.yaml")
     assert load([file(tmp_path / "deep", "extends: ../parent.yaml\nseed: 3\n")]).seed == 3
-    assert load([file(tmp_path, "extends: base.yaml\nseed: 4\n" + MINIMAL)]).seed == 4
+    for base in ("base.yaml", "configs/base.yaml"):
+        assert load([file(tmp_path, f"extends: {base}\nseed: 4\n" + MINIMAL)]).seed == 4
 
 
 def test_a_circle_of_extends_is_named(tmp_path: Path) -> None:
