@@ -49,7 +49,7 @@ class Edge:
         self.api = documented(self._hot, service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self._hot.get(scope.get("path", "")) if scope["type"] == "http" and scope["method"] == "POST" else None
+        handler = self._hot.get(_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
         if handler is None:
             await self.api(scope, receive, send)
             return
@@ -124,6 +124,12 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _path(scope: Scope) -> str:
+    """The path below the application's route prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
@@ -157,7 +163,7 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
             raw = await read_body(request.scope, request.receive, service.config.limits.body_bytes)
         except RequestError as error:
             return _response(refused(error, request_id), request_id)
-        return _response(await answered(hot[request.url.path], raw, request_id), request_id)
+        return _response(await answered(hot[_path(request.scope)], raw, request_id), request_id)
 
     def post(path: str, body: Any, answer: type, status: int, summary: str) -> None:
         codes: dict[int | str, dict[str, Any]] = {c: {"model": FaultAnswer} for c in (400, 413, 422, 503)}

@@ -15,7 +15,8 @@ from pathlib import Path
 from cluster.registry import Registry
 from recsys.bundle import read_manifest
 from recsys.errors import BundleError, RayfunnelError, VersionAbsentError
-from recsys.funnel import Funnel, FunnelRequest
+from recsys.funnel import STAGES, Funnel, FunnelRequest
+from recsys.packing import GOLDEN, differences
 
 log = logging.getLogger(__name__)
 
@@ -152,21 +153,24 @@ def loader(*stages: str) -> Load:
             raise BundleError(
                 f"Bundle '{folder}' claims schema {claimed[:12]}, its features are of schema {funnel.space.schema_hash[:12]}. Publish it again."
             )
-        warm(funnel, stages)
+        if set(STAGES) <= set(stages) and (folder / GOLDEN).exists():
+            # Also warms it up: the first caller does not pay for page faults and lazy set-up.
+            if faults := differences(funnel, folder):
+                raise BundleError(f"Bundle '{folder}' answers otherwise than when it was published ({faults[0]}). Publish it again.")
+        else:
+            warm(funnel, stages)
         return funnel
 
     return load
 
 
 def warm(funnel: Funnel, stages: tuple[str, ...]) -> None:
-    """Answer one request, so that the first caller does not pay for page faults and lazy set-up; a bundle that cannot is refused."""
+    """Pass one request through the loaded stages; a bundle that cannot is refused."""
     queries = funnel.queries(
         [FunnelRequest(user_id=u, k=10, at=time.time()) for u in ("", *funnel.users.outside(range(min(1, len(funnel.users)))))]
     )
     candidates = funnel.popular(queries)
-    if {"recall", "coarse_rank", "fine_rank", "rerank"} <= set(stages):
-        candidates = funnel.recommend(queries)
-    elif "recall" in stages:
+    if "recall" in stages:
         candidates = funnel.recall(queries)
     elif "fine_rank" in stages:
         candidates = funnel.rank(queries, [[i.item_id for i in page] for page in funnel.page(queries, candidates)])

@@ -47,9 +47,11 @@ def ray_cluster() -> Iterator[str]:
     from cluster.runtime import start_ray
 
     start_ray(num_cpus=8, env=ENVIRONMENT)
+    from ray import serve
+
+    serve.start(http_options={"host": "127.0.0.1", "port": HTTP_PORT})
     yield f"http://127.0.0.1:{HTTP_PORT}"
     import ray
-    from ray import serve
 
     serve.shutdown()
     ray.shutdown()

@@ -1,0 +1,123 @@
+"""Starting and stopping the service on this machine: Ray with the right environment, the application, and the wait until it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+from cluster.runtime import serving_environment, start_ray
+from recsys.config import Config
+from recsys.errors import RayfunnelError
+from recsys.serve_config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "rayfunnel"
+START_S = 300.0
+"""How long the replicas may take to load their bundle and answer."""
+
+
+@contextlib.contextmanager
+def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
+    """The service of a configuration, up and answering at the URL given; everything started here is stopped at the end.
+
+    Raises RayfunnelError where the port is taken or the service does not come up.
+    """
+    serving = config.serve
+    check_port(serving)
+    terminated = signal.signal(signal.SIGTERM, _interrupt)  # `kill` ends it as cleanly as Ctrl-C
+    already = bool(os.environ.get("RAY_ADDRESS"))
+    say("starting Ray")
+    start_ray(num_cpus=_cpus(config), env=serving_environment(serving))
+    import ray
+    from ray import serve
+
+    from deployments.app import application
+
+    try:
+        serve.start(http_options={"host": serving.host, "port": serving.port}, logging_config={"log_level": "WARNING"})
+        say("starting the service")
+        try:
+            serve.run(application(config), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise RayfunnelError(f"The service did not start. {_why(error)}") from error
+        url = f"http://{'127.0.0.1' if serving.host == '0.0.0.0' else serving.host}:{serving.port}"  # noqa: S104  compared, not bound
+        wait_until_ready(url)
+        yield url
+    finally:
+        say("stopping")
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave half of it running
+        if already:
+            serve.delete(APPLICATION)
+        else:
+            serve.shutdown()
+        ray.shutdown()
+        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGTERM, terminated)
+
+
+def until_interrupted() -> None:
+    """Wait for Ctrl-C or SIGTERM."""
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def check_port(serving: ServeConfig) -> None:
+    """Raises RayfunnelError where somebody listens on the port already."""
+    with socket.socket(socket.AF_INET6 if ":" in serving.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serving.host, serving.port))
+        except PermissionError as error:
+            raise RayfunnelError(
+                f"Port {serving.port} may not be opened by this user ({error.strerror}). Choose one above 1023: --port 8001."
+            ) from error
+        except OSError as error:
+            raise RayfunnelError(
+                f"Port {serving.port} on {serving.host} cannot be used: {error.strerror}. Stop what listens there, or choose another: --port {serving.port + 1}."
+            ) from error
+
+
+def wait_until_ready(url: str, patience_s: float = START_S) -> None:
+    """Return when the service answers /readyz. Raises RayfunnelError when it does not in time."""
+    until = time.monotonic() + patience_s
+    last = "no answer"
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:  # noqa: S310  our own http URL
+                if answer.status == 200:
+                    return
+        except urllib.error.HTTPError as error:
+            last = f"status {error.code}"
+        except OSError as error:
+            last = str(error)
+        time.sleep(0.1)
+    raise RayfunnelError(
+        f"{url}/readyz did not answer within {patience_s:.0f} s ({last}). The replicas' log under /tmp/ray/session_latest/logs/serve says why."
+    )
+
+
+def _cpus(config: Config) -> int:
+    """CPUs to announce: bookings are small, and a booking that never fits would wait for ever."""
+    stages = config.serve.stages
+    booked = sum(r.max_replicas * r.num_cpus for r in (stages.gateway, stages.recall, stages.coarse_rank, stages.fine_rank, stages.rerank))
+    return max(os.cpu_count() or 1, int(booked) + 2)
+
+
+def _why(error: RuntimeError) -> str:
+    """The sentence of the error that a replica raised, out of Serve's long message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if "Error:" in line]
+    return told[-1].partition("Error: ")[2] or told[-1] if told else (lines[0] if lines else "See the replicas' log under /tmp/ray.")
