@@ -14,9 +14,9 @@ import numpy as np
 from scipy import sparse
 
 from recsys.core import UNKNOWN, Queries
-from recsys.recall.order import best_first, by_key
+from recsys.recall.order import EMPTY, best_first, descending, scores_of
 
-DENSE_BELOW = 6_000
+DENSE_BELOW = 10_000
 """Catalogues smaller than this sum into one array per query, larger ones sort the links. By catalogue, not by batch: the two
 round differently, and an answer must not depend on its batch."""
 MAX_LINKS = 4_000_000
@@ -25,7 +25,10 @@ MAX_LINKS = 4_000_000
 
 @dataclass(frozen=True)
 class ItemLinks:
-    """Item i links to items[indptr[i]:indptr[i + 1]], strongest first, ties by smaller row, with float32 weights above 0."""
+    """Item i links to items[indptr[i]:indptr[i + 1]], strongest first, ties by smaller row, with float32 weights.
+
+    A weight below 0 speaks against an item; only items whose weights sum up above 0 are recalled.
+    """
 
     indptr: np.ndarray
     items: np.ndarray
@@ -37,6 +40,17 @@ class ItemLinks:
         filled = neighbors != UNKNOWN
         indptr = np.concatenate([[0], np.cumsum(filled.sum(1))]).astype(np.int64)
         return cls(indptr, neighbors[filled].astype(np.int32), weights[filled].astype(np.float32))
+
+    @classmethod
+    def dense(cls, weights: np.ndarray, keep: int | None = None) -> Self:
+        """From an (I, I) float32 matrix: the `keep` weights of each row that are furthest from 0; absent: all but zeros."""
+        n = len(weights)
+        keep = min(n, keep if keep is not None else n)
+        kept = np.sort(best_first(np.abs(weights), keep), axis=1)
+        values = np.take_along_axis(weights, kept, 1)
+        order = best_first(values, keep)
+        values, items = np.take_along_axis(values, order, 1), np.take_along_axis(kept, order, 1)
+        return cls.of(np.where(values == 0, UNKNOWN, items).astype(np.int32), values)
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -71,8 +85,8 @@ class ItemLinks:
         lengths = np.where(used, self.indptr[safe + 1] - self.indptr[safe], 0) if n else np.zeros(history.shape, np.int64)
         parts = []
         at = 0
-        # Dense parts also bound their (queries, items) array.
-        most = max(1, MAX_LINKS // max(n, 1)) if n < DENSE_BELOW else B
+        # Dense parts also bound their (queries, items) array; sorted ones the number of (query, item) keys, to 32 bits.
+        most = max(1, (MAX_LINKS if n < DENSE_BELOW else 2**32 - 1) // max(n, 1))
         ends = np.cumsum(lengths.sum(1))
         while at < B:
             stop = int(np.searchsorted(ends, (ends[at - 1] if at else 0) + MAX_LINKS, side="right"))
@@ -97,19 +111,21 @@ class ItemLinks:
             return np.empty((B, 0), np.int32), np.empty((B, 0), np.float32)
         size = lengths.ravel()[slot]
         stops = np.cumsum(size)
-        link = np.arange(stops[-1]) + np.repeat(self.indptr[history.ravel()[slot]] - (stops - size), size)  # (links,)
-        keys = self.items[link] + np.repeat(slot // history.shape[1] * n, size)
-        values = self.weights[link] * np.repeat(weights.ravel()[slot].astype(np.float32), size)
+        link = np.repeat(self.indptr[history.ravel()[slot]] - (stops - size), size)
+        link += np.arange(stops[-1])  # (links,)
+        values = self.weights[link]
+        values *= np.repeat(weights.ravel()[slot].astype(np.float32), size)
         row, column = np.nonzero((exclude >= 0) & (exclude < n))
         barred = row * n + exclude[row, column]
+        keys = self.items[link].astype(np.int64) + np.repeat(slot // history.shape[1] * n, size)  # query * n + item
         if n < DENSE_BELOW:
             sums = np.bincount(keys, values, minlength=B * n).astype(np.float32)
             sums[barred] = 0
-            table = np.where(sums > 0, sums, np.float32(-np.inf)).reshape(B, n)
-            order = best_first(table, k)
-            found = np.take_along_axis(table, order, 1)
-            return _trim(np.where(np.isneginf(found), UNKNOWN, order).astype(np.int32), found)
-        return _sorted_sums(np.concatenate([keys, barred]), np.concatenate([values, np.full(len(barred), -np.inf, np.float32)]), B, n, k)
+            ranked = descending(sums).reshape(B, n) | np.arange(n, dtype=np.uint64)
+            ranked[sums.reshape(B, n) <= 0] = EMPTY
+        else:
+            ranked = _sorted_sums(np.concatenate([keys, barred]), np.concatenate([values, np.full(len(barred), -np.inf, np.float32)]), B, n)
+        return _best_of(ranked, k)
 
     def save(self, folder: Path) -> None:
         """Write indptr.npy, items.npy and weights.npy."""
@@ -124,26 +140,34 @@ class ItemLinks:
         return cls(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("indptr", "items", "weights")))
 
 
-def _sorted_sums(keys: np.ndarray, values: np.ndarray, B: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum values of equal keys (query * n + item), and take the k largest positive sums of each query."""
-    order = by_key(keys, B * n)
-    keys = keys[order]
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    sums = np.add.reduceat(values[order].astype(np.float64), starts).astype(np.float32)
-    query, item = np.divmod(keys[starts], n)
-    column = np.arange(len(starts)) - np.searchsorted(query, np.arange(B))[query]
-    table = np.full((B, int(column.max()) + 1), -np.inf, np.float32)  # items ascending in each row
-    items = np.full(table.shape, UNKNOWN, np.int32)
-    table[query, column], items[query, column] = sums, item
-    best = best_first(table, k)
-    found = np.take_along_axis(table, best, 1)
-    return _trim(np.where(np.isneginf(found), UNKNOWN, np.take_along_axis(items, best, 1)), found)
+def _sorted_sums(keys: np.ndarray, values: np.ndarray, B: int, n: int) -> np.ndarray:
+    """Sum float32 values of equal keys (query * n + item); the positive sums as (B, W) keys of `descending` and item."""
+    # The value's bits ride below the key: one sort of plain integers, and nothing to gather afterwards.
+    packed = keys.astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= values.view(np.uint32)
+    packed.sort()
+    keys, values = (packed >> np.uint64(32)).astype(np.uint32), packed.astype(np.uint32).view(np.float32)
+    starts = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1])
+    sums = np.add.reduceat(values, starts)
+    positive = sums > 0
+    query, item = np.divmod(keys[starts][positive], np.uint32(n))
+    width = np.bincount(query, minlength=B)
+    column = np.arange(len(query)) - np.repeat(np.cumsum(width) - width, width)
+    ranked = np.full((B, int(width.max(initial=0))), EMPTY)
+    ranked[query, column] = descending(sums[positive]) | item.astype(np.uint64)
+    return ranked
 
 
-def _trim(items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut columns that are empty in every row."""
-    width = int((items != UNKNOWN).sum(1).max(initial=0))
-    return items[:, :width], scores[:, :width]
+def _best_of(ranked: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B, W) keys of `descending` and item -> the k best of each row, without columns that are empty in every row."""
+    if k < ranked.shape[1] // 4:
+        ranked = np.partition(ranked, k, axis=1)[:, :k]
+    ranked.sort(axis=1)
+    ranked = ranked[:, :k]
+    ranked = ranked[:, : int((ranked != EMPTY).sum(1).max(initial=0))]
+    items = ranked.astype(np.uint32).view(np.int32)  # the low half; of EMPTY it is -1
+    return items, np.where(ranked == EMPTY, np.float32(-np.inf), scores_of(ranked))
 
 
 def recency(

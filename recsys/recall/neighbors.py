@@ -21,11 +21,10 @@ from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions, group
 from recsys.errors import NotFittedError
 from recsys.recall.links import ItemLinks, recency
-from recsys.recall.order import LOW, descending, scores_of
+from recsys.recall.order import EMPTY, LOW, descending, scores_of
 
 BLOCK = 2_000_000
 """Most similarities that one thread holds at once (about 60 MB)."""
-EMPTY = np.uint64(2**64 - 1)
 
 
 class ItemCFConfig(FrozenConfig):

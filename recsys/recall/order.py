@@ -8,13 +8,18 @@ from __future__ import annotations
 import numpy as np
 
 LOW = np.uint64(0xFFFF_FFFF)
+EMPTY = np.uint64(2**64 - 1)
+"""A key that sorts after every other; its low half is -1."""
 
 
 def descending(scores: np.ndarray) -> np.ndarray:
     """Float32 scores without NaN -> uint64 keys that sort highest score first; the low 32 bits are free for a position."""
     bits = (np.float32(0) - scores.astype(np.float32, copy=False)).view(np.int32)  # 0 - x: makes -0 and 0 one value
     # A float's bits compare like an integer once negatives are flipped and the sign bit is turned round.
-    keys = (bits ^ ((bits >> 31) | np.int32(-(2**31)))).view(np.uint32).astype(np.uint64)
+    flip = bits >> 31
+    flip |= np.int32(-(2**31))
+    bits ^= flip
+    keys = bits.view(np.uint32).astype(np.uint64)
     keys <<= np.uint64(32)
     return keys
 
