@@ -102,11 +102,13 @@ class RecallConfig(FrozenConfig):
 class TwoTowerSection(FrozenConfig):
     """The two-tower model: recall by vectors, and the coarse rank."""
 
-    model: TwoTowerConfig = TwoTowerConfig()
+    model: TwoTowerConfig = TwoTowerConfig(temperature=0.05)
     """What it is made of."""
     features: tuple[str, ...] | None = None
     """Names of the features it sees. null: all of users, items and context."""
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = TrainingConfig(
+        epochs=20, batch_size=1024, optimizer="adam", learning_rate=0.003, embedding_learning_rate=0.05
+    )
     """How it learns."""
     refit: bool = True
     """Fit it anew on everything, for as many epochs as were best, before publishing. Off: it never sees the newest events."""
@@ -128,7 +130,9 @@ class FineRankConfig(FrozenConfig):
     """Names of the features it sees. null: all, with every channel's score and rank."""
     keep: PositiveInt = 100
     """Candidates that go on to the re-rank."""
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = TrainingConfig(
+        epochs=10, batch_size=1024, optimizer="adam", learning_rate=0.001, embedding_learning_rate=0.02
+    )
     """How it learns."""
 
 

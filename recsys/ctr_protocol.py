@@ -29,6 +29,8 @@ ITEM_PRIOR = "item_prior"
 PRIOR_ROWS = 20.0
 """Rows of the mean rate that an item's rate starts from."""
 CHUNK = 4_096
+CONVERGED = {"epochs": 60, "learning_rate": 0.1, "embedding_learning_rate": 0.1, "optimizer": "adagrad", "patience": 3}
+"""Logistic regression is convex and needs to be trained until it has converged, or the comparison flatters the others."""
 
 
 def judge_ctr(config: Config, prepared: Prepared, folder: Path, train: Trainer, *, models: Sequence[str] | None = None) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def judge_ctr(config: Config, prepared: Prepared, folder: Path, train: Trainer, 
         if name == ITEM_PRIOR:
             rows.append(_row(name, prepared, test, _item_prior(prepared, test), 0.0))
             continue
-        trained = train(folder, known[name], config.fine_rank.training, name=f"ctr_{name}")
+        training = config.fine_rank.training
+        trained = train(folder, known[name], training.model_copy(update=CONVERGED) if name == "lr" else training, name=f"ctr_{name}")
         fitted = time.perf_counter() - start
         rows.append(_row(name, prepared, test, _scores(RankerEngine.load(trained, prepared.item_columns), prepared, config, test), fitted))
     return {"protocol": "ctr", "users": len(np.unique(prepared.log.user[test])), "test_rows": len(test), "rows": rows}
