@@ -28,6 +28,8 @@ from recsys.features.schema import FeaturesConfig, HistoryConfig
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.places import Places
+from recsys.recall.ease import EASEConfig
+from recsys.recall.markov import MarkovConfig
 from recsys.recall.merge import MergeConfig
 from recsys.recall.neighbors import ItemCFConfig
 from recsys.recall.popular import PopularConfig
@@ -37,7 +39,9 @@ from recsys.rerank.diversity import MMRConfig
 from recsys.serve_config import ServeConfig
 from recsys.training import TrainingConfig
 
-ChannelConfig = Annotated[ItemCFConfig | PopularConfig | RealtimeConfig | VectorConfig, Field(discriminator="type")]
+ChannelConfig = Annotated[
+    ItemCFConfig | EASEConfig | MarkovConfig | PopularConfig | RealtimeConfig | VectorConfig, Field(discriminator="type")
+]
 CHANNELS = tuple(tag for member in flatten(ChannelConfig) if (tag := tag_of(member)) is not None)
 """The types of channels."""
 RankerConfig = Annotated[DeepFMConfig | LogisticRegressionConfig, Field(discriminator="type")]

@@ -25,7 +25,7 @@ LAYERS = (
     ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
     ("bundle", "prepared"),
     ("channels", "funnel"),
-    ("examples", "evaluate", "packing", "recipe", "report_page"),
+    ("examples", "evaluate", "packing", "recipe", "report_page", "ctr_protocol"),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc", "shared", "tools"}

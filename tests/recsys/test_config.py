@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from recsys.config import Config, load, manual, read, written
-from recsys.config_faults import redact
+from recsys.config_faults import dotted_paths, redact
 from recsys.config_file import Reader, read_as
 from recsys.config_manual import document
 from recsys.errors import ConfigError
@@ -79,6 +79,12 @@ def test_the_example_of_the_data_section_can_be_taken_over(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml"))
 def test_every_shipped_configuration_is_sound(name: str) -> None:
     assert faults(CONFIGS / name) == []
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "tune").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_path_of_a_search_space_is_a_key(path: Path) -> None:
+    searched = yaml.safe_load(path.read_text())["parameters"]
+    assert set(searched) - set(dotted_paths(Config)) == set()
 
 
 def test_base_yaml_alone_lacks_only_the_data() -> None:
@@ -282,7 +288,7 @@ recall:
         """mine.yaml:10: serve.port must be a valid integer (got "eighty").""",
         "mine.yaml:11: learning_rate is not a known key. Did you mean 'two_tower.training.learning_rate'?",
         "mine.yaml:14: recall.channels.item_cf.neighbours is not a known key. Did you mean 'neighbors'?",
-        "mine.yaml:15: recall.channels.own.type is missing; one of item_cf, popular, realtime, two_tower.",
+        "mine.yaml:15: recall.channels.own.type is missing; one of item_cf, ease, markov, popular, realtime, two_tower.",
     ]
     with pytest.raises(ConfigError) as raised:
         load([path])
