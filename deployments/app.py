@@ -14,13 +14,14 @@ from ray.serve.schema import LoggingConfig
 
 from deployments.coarse_rank import CoarseRank
 from deployments.fine_rank import FineRank
-from deployments.gateway import Gateway
+from deployments.gateway import STAND_IN, Gateway
 from deployments.recall import Recall
 from deployments.rerank import Rerank
 from deployments.stage import Stage
 from deployments.store_owner import StoreOwner
 from recsys.config import Config, load
 from recsys.core import FrozenConfig
+from recsys.errors import ConfigError
 from recsys.funnel import STAGES
 from recsys.serve_config import ReplicasConfig, StagesConfig, TopologyConfig
 
@@ -39,6 +40,8 @@ class ServeArgs(FrozenConfig):
     """Where each stage runs; absent: serve.topology of the configuration."""
     stages: StagesConfig | None = None
     """Replicas, autoscaling and resources per deployment; absent: serve.stages of the configuration."""
+    recall_stand_in: ReplicasConfig | None = None
+    """A second, small recall deployment that answers where the first (with GPUs) is gone, late or full."""
 
 
 def build(args: ServeArgs) -> Application:
@@ -46,18 +49,28 @@ def build(args: ServeArgs) -> Application:
     config = load([_found(name) for name in args.config], args.set)
     given: dict[str, Any] = {"topology": args.topology, "stages": args.stages}
     serving = config.serve.model_copy(update={name: value for name, value in given.items() if value is not None})
-    return application(config.model_copy(update={"serve": serving}))
+    return application(config.model_copy(update={"serve": serving}), recall_stand_in=args.recall_stand_in)
 
 
-def application(config: Config) -> Application:
+def application(config: Config, *, recall_stand_in: ReplicasConfig | None = None) -> Application:
     """The deployments of a configuration: the gateway, the stages whose place is `own`, and the store's owner without redis_url."""
     config = settled(config)
     places = config.serve.topology.model_dump()
     own = [name for name in STAGES if places[name] == "own"]
     handles = {}
+    stages = config.serve.stages
+    sizes = {"recall": stages.recall, "coarse_rank": stages.coarse_rank, "fine_rank": stages.fine_rank, "rerank": stages.rerank}
     for name in own:
-        replicas: ReplicasConfig = getattr(config.serve.stages, name)
+        replicas = sizes[name]
         handles[name] = serve.deployment(DEPLOYMENTS[name]).options(name=name, **options(replicas)).bind(config, replicas.threads)
+    if recall_stand_in is not None:
+        if "recall" not in own:
+            raise ConfigError(
+                "recall_stand_in stands in for a recall deployment, but topology.recall is gateway. Set it to own, or leave the stand-in out."
+            )
+        handles[STAND_IN] = (
+            serve.deployment(Recall).options(name=STAND_IN, **options(recall_stand_in)).bind(config, recall_stand_in.threads)
+        )
     owner = (
         serve.deployment(StoreOwner).options(name="store", **owner_options()).bind(config.place("store"))
         if config.redis_url is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
-from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -13,7 +12,9 @@ from ray.serve.handle import DeploymentHandle
 from cluster.redis_store import RedisStore
 from cluster.registry import open_registry
 from deployments.edge import Edge
+from deployments.ladder import StageCall
 from deployments.monitoring import ServeMonitor
+from deployments.resilience import Preferred
 from deployments.rollout import Rollout, loader
 from deployments.service import Service
 from deployments.stage import pin_threads
@@ -24,6 +25,8 @@ from recsys.funnel import STAGES
 
 log = logging.getLogger(__name__)
 
+STAND_IN = "recall_stand_in"
+"""The deployment that recalls on CPUs where the recall node has GPUs."""
 READY_S = 5.0
 """How long all replicas of a stage may take to say which versions they hold."""
 
@@ -35,8 +38,14 @@ class Handles:
         # Plain pickle: cloudpickle looks at every object for code to take along, and there is none.
         self._handles = {name: h.options(request_serialization="pickle", response_serialization="pickle") for name, h in handles.items()}
 
-    def call(self, name: str) -> Any:
-        """The stage's StageCall."""
+    def stages(self) -> dict[str, StageCall]:
+        """The stages of their own deployment; recall with its stand-in, where it has one."""
+        calls: dict[str, StageCall] = {name: self._call(name) for name in self._handles if name != STAND_IN}
+        if STAND_IN in self._handles:
+            calls["recall"] = Preferred(calls["recall"], self._call(STAND_IN))
+        return calls
+
+    def _call(self, name: str) -> StageCall:
         handle = self._handles[name]
 
         def run(version: str, queries: Queries, candidates: Candidates | None, left_s: float) -> Awaitable[Candidates]:
@@ -52,7 +61,9 @@ class Handles:
 
     def similar(self, version: str, item_id: str, k: int, left_s: float) -> Awaitable[list[tuple[str, float]]]:
         """An item's neighbours, by the recall stage."""
-        found: Awaitable[list[tuple[str, float]]] = self._handles["recall"].similar.remote(version, item_id, k, 1000 * left_s)
+        found: Awaitable[list[tuple[str, float]]] = self._handles[STAND_IN if STAND_IN in self._handles else "recall"].similar.remote(
+            version, item_id, k, 1000 * left_s
+        )
         return found
 
     async def why_not(self, version: str) -> str | None:
@@ -84,7 +95,7 @@ class Gateway:
             config.serve,
             self._rollout,
             RedisStore(url_of(config), history=config.history),
-            elsewhere={name: self._handles.call(name) for name in handles},
+            elsewhere=self._handles.stages(),
             rank_elsewhere=self._handles.rank if "fine_rank" in handles else None,
             similar_elsewhere=self._handles.similar if "recall" in handles else None,
             monitor=ServeMonitor(),

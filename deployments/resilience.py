@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from recsys.core import Candidates, Queries
 from recsys.errors import StoreUnavailableError, VersionAbsentError
 
 T = TypeVar("T")
@@ -82,6 +83,30 @@ async def called_twice(call: Callable[[float], Awaitable[T]], deadline: Deadline
         if deadline.passed:
             raise
         return await _bounded(call, deadline)
+
+
+class Preferred(Generic[T]):
+    """A call with a stand-in: where the first is gone, late, full or without the version, the second answers in the time left.
+
+    After such a failure the first rests for `rest_s`: nobody waits again and again for what is not there.
+    """
+
+    SHARE = 0.5
+    """Of the time left, what the first may take."""
+
+    def __init__(self, first: Callable[..., Awaitable[T]], second: Callable[..., Awaitable[T]], *, rest_s: float = 1.0) -> None:
+        self._first, self._second, self._rest_s = first, second, rest_s
+        self._rests_until = 0.0
+
+    async def __call__(self, version: str, queries: Queries, candidates: Candidates | None, left_s: float) -> T:
+        """Call both alike."""
+        given, deadline = (version, queries, candidates), Deadline.after(left_s)
+        if time.monotonic() >= self._rests_until:
+            try:
+                return await _bounded(lambda left: self._first(*given, left), deadline.sooner(self.SHARE * left_s))
+            except (TimeoutError, BackPressureError, VersionAbsentError, *GONE):
+                self._rests_until = time.monotonic() + self._rest_s
+        return await _bounded(lambda left: self._second(*given, left), deadline)
 
 
 async def _bounded(call: Callable[[float], Awaitable[T]], deadline: Deadline) -> T:
