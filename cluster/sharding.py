@@ -17,19 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward as optimise_in_backward
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.modules.embedding_configs import PoolingType
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys.errors import ConfigError
 from recsys.features.schema import Field
 from recsys.models.layers import Embedded, FieldEmbeddings, FieldIds, Table, init_rows
 from recsys.training import EPSILON, TrainingConfig, dense_optimizer, table_optimizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # they use what torch has deprecated
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.types import ParameterConstraints
+    from torchrec.modules.embedding_configs import PoolingType
+    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 META = torch.device("meta")
 TABLES = "embeddings.tables."
