@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward as optimise_in_backward
 
 from recsys.errors import ConfigError
 from recsys.features.schema import Field
@@ -25,6 +24,7 @@ from recsys.training import EPSILON, TrainingConfig, dense_optimizer, table_opti
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they use what torch has deprecated
+    from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward as optimise_in_backward
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
