@@ -22,6 +22,7 @@ from recsys.recall.neighbors import incidence
 
 class EASEConfig(FrozenConfig):
     type: Literal["ease"] = "ease"
+    """A linear model of the whole history in closed form; for catalogues of up to ten thousand items or so."""
     l2: PositiveFloat = 500.0
     """Ridge penalty, the paper's lambda. Larger: smoother, closer to popularity among co-clicked items."""
     links: PositiveInt | None = 200
@@ -33,8 +34,8 @@ class EASEConfig(FrozenConfig):
     use_past: bool = True
     """Whether what users did before the log (data.history) counts in the fit."""
     newest: PositiveInt | None = None
-    """Newest events of the history that count; absent: all that the query brings."""
-    decay: float = Field(1.0, gt=0, le=1)
+    """Newest events of the history that count; null: all that the query brings."""
+    decay: float = Field(0.95, gt=0, le=1)
     """An event counts this much less than the next newer one; 1: all alike, as in the paper."""
 
     def build(self) -> EASE:

@@ -55,12 +55,16 @@ class ItemLinks:
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
-    def reversed(self) -> Self:
-        """The same links from their other end, strongest first."""
+    def reversed(self, keep: int | None = None) -> Self:
+        """The same links from their other end, strongest first; with `keep`, only so many of each item."""
         n = len(self)
         source = np.repeat(np.arange(n, dtype=np.int32), np.diff(self.indptr))
         order = np.lexsort((source, -self.weights, self.items))
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(self.items, minlength=n))]).astype(np.int64)
+        size = np.bincount(self.items, minlength=n)
+        if keep is not None:
+            place = np.arange(len(order)) - np.repeat(np.cumsum(size) - size, size)
+            order, size = order[place < keep], np.minimum(size, keep)
+        indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
         return type(self)(indptr, source[order], self.weights[order])
 
     def matrix(self) -> sparse.csr_matrix:

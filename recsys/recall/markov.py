@@ -22,6 +22,7 @@ from recsys.recall.order import LOW, descending
 
 class MarkovConfig(FrozenConfig):
     type: Literal["markov"] = "markov"
+    """What people did next after the newest events."""
     window: PositiveInt = 10
     """How many events later a transition may end."""
     gap_decay: float = Field(0.8, gt=0, le=1)

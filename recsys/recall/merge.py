@@ -22,10 +22,10 @@ MAX_RANK = 32_767  # channel_ranks are int16
 
 
 class MergeConfig(FrozenConfig):
-    method: Literal["rank", "rrf", "min_max"] = "rrf"
-    """How an item's places in the channels become one score, summed over channels times their weights. `rrf`: 1 / (rrf_k +
-    rank) (Cormack et al., 2009). `rank`: from 1 for a channel's first down towards 0 at its quota. `min_max`: the channel's
-    own scores, scaled to 0..1 within the query."""
+    method: Literal["rank", "rrf", "min_max"] = "min_max"
+    """How an item's places in the channels become one score, summed over channels times their weights. `min_max`: the channel's
+    own scores, scaled to 0..1 within the query. `rrf`: 1 / (rrf_k + rank) (Cormack et al., 2009). `rank`: from 1 for a channel's
+    first down towards 0 at its quota."""
     rrf_k: NonNegativeFloat = 60.0
     """Flattens reciprocal ranks: the larger, the less the very first places count."""
     limit: PositiveInt = 500

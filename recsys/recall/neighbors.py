@@ -29,19 +29,22 @@ BLOCK = 2_000_000
 
 class ItemCFConfig(FrozenConfig):
     type: Literal["item_cf"] = "item_cf"
+    """What goes with the history: items that the same users took."""
     neighbors: PositiveInt = 100
     """Neighbours kept per item. More recalls deeper and costs memory linearly."""
     keep: Literal["history", "candidate"] = "candidate"
     """Whose nearest neighbours are kept. `candidate`: an item is scored by those of its own nearest that the user has, as in the
-    literature. `history`: each item of the history nominates its nearest; then the work of a query is bounded by
-    history x neighbours, while with `candidate` a very popular item may be a neighbour of a great many."""
+    literature. `history`: each item of the history nominates its nearest: a third of the work, and less of the long tail."""
+    reach: PositiveInt = 1_000
+    """With keep: candidate, items that one item of the history may speak for, strongest first. A very popular item is among the
+    nearest of a great many; this bounds the work of a query to history x reach."""
     shrink: NonNegativeFloat = 0.0
     """Pulls the similarity of rarely co-clicked pairs towards zero."""
     minimum: NonNegativeFloat = 0.0
     """Similarities at or below this are dropped."""
-    weighting: Literal["none", "iuf", "tf_idf", "bm25"] = "none"
-    """`iuf` lets active users count less: 1 / log(1 + their items). `tf_idf` and `bm25` weigh as in text search, a user being a
-    term and an item a document."""
+    weighting: Literal["none", "iuf", "tf_idf", "bm25"] = "tf_idf"
+    """`none`: plain cosine. `iuf` lets active users count less: 1 / log(1 + their items). `tf_idf` and `bm25` weigh as in text
+    search, a user being a term and an item a document; `bm25` then takes the dot product instead of the cosine."""
     values: Literal["binary", "count"] = "binary"
     """Whether an item had three times counts once or three times when similarities are computed."""
     max_events_per_user: PositiveInt = 1_000
@@ -49,13 +52,13 @@ class ItemCFConfig(FrozenConfig):
     use_past: bool = True
     """Whether what users did before the log (data.history) counts in the fit."""
     newest: PositiveInt | None = None
-    """Newest events of the history that trigger neighbours; absent: all that the query brings."""
-    decay: float = Field(1.0, gt=0, le=1)
+    """Newest events of the history that trigger neighbours; null: all that the query brings."""
+    decay: float = Field(0.95, gt=0, le=1)
     """An event counts this much less than the next newer one; 1: all alike."""
     half_life_h: PositiveFloat | None = None
-    """Hours in which an event of the history loses half its weight; absent: it keeps it."""
+    """Hours in which an event of the history loses half its weight; null: it keeps it."""
     threads: PositiveInt | None = None
-    """Threads of the fit; absent: one per core."""
+    """Threads of the fit; null: one per core."""
 
     def build(self) -> ItemCF:
         """The channel, not yet fitted."""
@@ -88,8 +91,10 @@ class ItemCF:
         c = self.config
         events = incidence(interactions, values=c.values, most_per_user=c.max_events_per_user, use_past=c.use_past)
         rows = weigh(events, c.weighting).T.tocsr()  # (I, U)
-        self._nearest = ItemLinks.of(*nearest(rows, c.neighbors, shrink=c.shrink, minimum=c.minimum, threads=c.threads))
-        self._links = self._nearest if c.keep == "history" else self._nearest.reversed()
+        self._nearest = ItemLinks.of(
+            *nearest(rows, c.neighbors, unit=c.weighting != "bm25", shrink=c.shrink, minimum=c.minimum, threads=c.threads)
+        )
+        self._links = self._nearest if c.keep == "history" else self._nearest.reversed(c.reach)
         return self
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,9 +164,11 @@ def weigh(events: sparse.csr_matrix, weighting: Literal["none", "iuf", "tf_idf",
 
 
 def nearest(
-    rows: sparse.csr_matrix, k: int, *, shrink: float = 0.0, minimum: float = 0.0, threads: int | None = None
+    rows: sparse.csr_matrix, k: int, *, unit: bool = True, shrink: float = 0.0, minimum: float = 0.0, threads: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other rows of each row of (n, m) csr by dot / (|a| |b| + shrink), with similarity above `minimum`.
+
+    With unit=False every |a| counts as 1, so that the plain dot product decides.
 
     Gives ((n, k) int32 rows, -1 where fewer; (n, k) float32), best first, ties to the smaller row; the same for any number of
     threads. A row without entries is near nobody.
@@ -171,8 +178,8 @@ def nearest(
     neighbors, similarity = np.full((n, k), UNKNOWN, np.int32), np.zeros((n, k), np.float32)
     if not k:
         return neighbors, similarity
-    norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1), np.float64)).ravel().astype(np.float32)
-    if not shrink:  # unit rows give cosines directly
+    norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1), np.float64)).ravel().astype(np.float32) if unit else np.ones(n, np.float32)
+    if unit and not shrink:  # unit rows give cosines directly
         rows = sparse.diags_array(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)).dot(rows).tocsr()
     columns = rows.T.tocsr()  # (m, n)
 

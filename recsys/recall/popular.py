@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 class PopularConfig(FrozenConfig):
     type: Literal["popular"] = "popular"
-    half_life_h: PositiveFloat | None = 168.0
+    """What most people like now."""
+    half_life_h: PositiveFloat | None = 336.0
     """Hours before the end of the log in which an event loses half its weight; null: plain counts, as for a log without times."""
 
     def build(self) -> Popular:

@@ -21,15 +21,16 @@ from recsys.recall.neighbors import ItemCFConfig
 
 class RealtimeConfig(FrozenConfig):
     type: Literal["realtime"] = "realtime"
+    """What goes with the newest events: the recent-history trigger."""
     neighbors: str = "item_cf"
     """Channel whose item links are triggered. Where no such channel is configured, this one fits an ItemCF of its own."""
-    newest: PositiveInt = 5
+    newest: PositiveInt = 10
     """Events that trigger at most, the newest of the history."""
-    window_h: PositiveFloat | None = 24.0
+    window_h: PositiveFloat | None = 168.0
     """Only events of this many hours before the request trigger; null: however old. Events without a time always do."""
     decay: float = Field(0.8, gt=0, le=1)
     """An event counts this much less than the next newer one; 1: all alike."""
-    half_life_h: PositiveFloat | None = 6.0
+    half_life_h: PositiveFloat | None = 24.0
     """Hours in which an event loses half its weight; null: it keeps it."""
 
     def build(self) -> Realtime:

@@ -43,6 +43,7 @@ class EncodesUsers(Protocol):
 
 class VectorConfig(FrozenConfig):
     type: Literal["two_tower"] = "two_tower"
+    """Items whose vectors lie nearest to the user's, by the model of the section two_tower."""
     kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto"
     """`flat` compares with every item; `hnsw` walks a graph; `ivf` looks into the nearest clusters. `auto` chooses by size."""
     flat_below: PositiveInt = 10_000
@@ -58,13 +59,13 @@ class VectorConfig(FrozenConfig):
     ef_search: PositiveInt = 64
     """Candidates HNSW keeps in a search at least; tuned upwards."""
     lists: PositiveInt | None = None
-    """IVF's clusters; absent: 4 * sqrt(items)."""
+    """IVF's clusters; null: 4 * sqrt(items)."""
     probes: PositiveInt = 8
     """Clusters that IVF looks into at least; tuned upwards."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto` takes a GPU where faiss-gpu and a device are present (flat and IVF), else the CPU."""
     threads: PositiveInt | None = None
-    """Threads of one Faiss search; absent: all. Exact search on the CPU uses the process's BLAS threads."""
+    """Threads of one Faiss search; null: all. Exact search on the CPU uses the process's BLAS threads."""
     seed: int = 1
     """Of IVF's clustering."""
 

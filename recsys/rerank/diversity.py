@@ -36,7 +36,7 @@ class MMRConfig(FrozenConfig):
     model_config = ConfigDict(populate_by_name=True)
 
     type: Literal["mmr", "none"] = "mmr"
-    """`none` leaves the order of the fine rank as it is."""
+    """`mmr`: maximal marginal relevance, with caps. `none` leaves the order of the fine rank as it is."""
     lambda_: float = Field(0.8, alias="lambda", ge=0, le=1)
     """Weight of relevance against novelty on the page: 1 keeps the order of relevance, 0 only avoids likeness. In files: lambda."""
     pool: PositiveInt = 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ class TestRealtimeSharingTheLinksOfItemCF(RecallerContract):
 
 # ItemCF.
 
+PLAIN = partial(ItemCFConfig, weighting="none", decay=1.0)
 LOG = log_of([0, 1], [0, 1], [0, 2], [1, 2, 3], [3])  # item 0: users 0 1 2; 1: 0 1 3; 2: 2 3; 3: 3 4
 
 
@@ -123,7 +125,7 @@ def test_blocks_and_threads_do_not_change_the_neighbours_of_a_brute_force(monkey
 
 
 def test_a_score_sums_over_the_history():
-    channel = ItemCFConfig(neighbors=3).build().fit(LOG)
+    channel = PLAIN(neighbors=3).build().fit(LOG)
     items, scores = channel.recall(queries_of([0, 3], exclude=[[0, 3]]), 5)
     one, two = 2 / 3 + 1 / np.sqrt(6), 1 / np.sqrt(6) + 1 / 2
     assert items.tolist() == [[1, 2]]
@@ -133,15 +135,15 @@ def test_a_score_sums_over_the_history():
 def test_keeping_neighbours_of_the_candidate_or_of_the_history_differ_as_defined():
     log = log_of([0, 1], [0, 1], [0, 2])  # item 2's nearest is 0; but 0's nearest is 1
     query = queries_of([0], exclude=[[0]])
-    by_history, _ = ItemCFConfig(neighbors=1, keep="history").build().fit(log).recall(query, 5)
-    by_candidate, _ = ItemCFConfig(neighbors=1, keep="candidate").build().fit(log).recall(query, 5)
+    by_history, _ = PLAIN(neighbors=1, keep="history").build().fit(log).recall(query, 5)
+    by_candidate, _ = PLAIN(neighbors=1, keep="candidate").build().fit(log).recall(query, 5)
     assert by_history.tolist() == [[1]]
     assert by_candidate.tolist() == [[1, 2]]
 
 
 def test_similar_items_are_the_nearest_in_either_mode():
     for keep in ("history", "candidate"):
-        items, scores = ItemCFConfig(neighbors=3, keep=keep).build().fit(LOG).similar(np.array([0, -1, 3]), 2)
+        items, scores = PLAIN(neighbors=3, keep=keep).build().fit(LOG).similar(np.array([0, -1, 3]), 2)
         assert items.tolist() == [[1, 2], [-1, -1], [2, 1]]
         assert scores[0] == pytest.approx([2 / 3, 1 / np.sqrt(6)])
 
@@ -171,12 +173,27 @@ def test_a_user_with_a_hundred_thousand_events_is_bounded():
     assert channel.similar(np.array([0]), 1)[0].tolist() == [[1]]
 
 
+def test_reach_bounds_how_many_items_one_item_speaks_for():
+    log = log_of(*[[0, i] for i in range(1, 9)])  # item 0 is the nearest of all others
+    assert len(PLAIN(neighbors=1).build().fit(log).links.items) == 9
+    bounded = PLAIN(neighbors=1, reach=3).build().fit(log)
+    assert bounded.recall(queries_of([0]), 10)[0].tolist() == [[1, 2, 3]]
+
+
 def test_active_users_count_less_with_iuf():
     log = log_of([0, 1, 2, 3, 4, 5, 6, 7], [0, 8])
     plain = nearest(log.matrix().T.tocsr(), 8)
     weighed = nearest(weigh(log.matrix(), "iuf").T.tocsr(), 8)
     assert similarity_of(plain, 0, 1) == pytest.approx(similarity_of(plain, 0, 8))
     assert similarity_of(weighed, 0, 1) < similarity_of(weighed, 0, 8)
+
+
+def test_bm25_takes_the_dot_product():
+    rows = weigh(LOG.matrix(), "bm25").T.tocsr()
+    dots = (rows @ rows.T).toarray()
+    found = nearest(rows, 3, unit=False)
+    assert similarity_of(found, 0, 1) == pytest.approx(dots[0, 1], rel=1e-5)
+    assert similarity_of(found, 2, 3) == pytest.approx(dots[2, 3], rel=1e-5)
 
 
 @pytest.mark.parametrize("weighting", ["iuf", "tf_idf", "bm25"])

@@ -31,7 +31,7 @@ def test_ease_equals_its_closed_form():
     P = np.linalg.inv(X.T @ X + 20 * np.eye(25))
     B = -P / np.diag(P)
     np.fill_diagonal(B, 0)
-    channel = EASEConfig(l2=20, links=None).build().fit(log)
+    channel = EASEConfig(l2=20, links=None, decay=1).build().fit(log)
     np.testing.assert_allclose(channel.links.matrix().toarray(), B, atol=1e-5)
     seen = seen_of(log)
     items, scores = channel.recall(queries_of(*seen), 25)
