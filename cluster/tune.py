@@ -8,6 +8,7 @@ kept, unfinished ones run again.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -53,10 +54,19 @@ class ParameterConfig(FrozenConfig):
             raise ValueError(f"{next(iter(given))} {list(values)} is empty; put the smaller number first")
         return self
 
+    def drawn(self, value: Any) -> Any:
+        """The value that Tune's draw stands for."""
+        return json.loads(value) if self.choice is not None else value
+
+    def given(self, value: Any) -> Any:
+        """What Tune must draw for this value."""
+        return json.dumps(value) if self.choice is not None else value
+
     def domain(self) -> Any:
         """Ray Tune's own object for it."""
         if self.choice is not None:
-            return tune.choice(list(self.choice))
+            # As text: Tune takes a list apart, and then cannot set what it was.
+            return tune.choice([json.dumps(value) for value in self.choice])
         if self.uniform is not None:
             return tune.uniform(*self.uniform)
         if self.loguniform is not None:
@@ -88,6 +98,10 @@ class TuneConfig(FrozenConfig):
     """Of the points drawn."""
     parameters: dict[str, ParameterConfig]
     """Dotted configuration path -> how its value is drawn."""
+
+    def drawn(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that Tune's draws stand for."""
+        return {path: self.parameters[path].drawn(value) for path, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -151,14 +165,17 @@ def search(
             mode=space.mode,
             num_samples=space.trials,
             max_concurrent_trials=_parallel(space),
-            search_alg=BasicVariantGenerator(random_state=space.seed, points_to_evaluate=[{"values": dict(first)}] if first else None),
+            search_alg=BasicVariantGenerator(
+                random_state=space.seed,
+                points_to_evaluate=[{"values": {k: space.parameters[k].given(v) for k, v in first.items()}}] if first else None,
+            ),
             scheduler=ASHAScheduler(
                 grace_period=min(space.grace_epochs, space.max_epochs), max_t=space.max_epochs, reduction_factor=space.reduction_factor
             ),
         ),
-        run_config=tune.RunConfig(name=name, storage_path=storage, verbose=0, callbacks=[_Progress(progress)] if progress else None),
+        run_config=tune.RunConfig(name=name, storage_path=storage, verbose=0, callbacks=[_Progress(space, progress)] if progress else None),
     )
-    trials = [_trial(result) for result in tuner.fit()]
+    trials = [_trial(space, result) for result in tuner.fit()]
     done = [t for t in trials if space.metric in t.metrics]
     if not done:
         reasons = "; ".join(sorted({t.error for t in trials if t.error})) or f"none reported '{space.metric}'"
@@ -198,33 +215,32 @@ def _trainable(space: TuneConfig, objective: Objective) -> Callable[[dict[str, A
                 best, kept = value, dict(metrics)
             tune.report({BEST: best, "kept": kept})
 
-        objective(dict(config["values"]), report)
+        objective(space.drawn(config["values"]), report)
 
     return trial
 
 
-def _trial(result: Any) -> Trial:
+def _trial(space: TuneConfig, result: Any) -> Trial:
     metrics = result.metrics or {}
     # the trial's own exception stands at the end of Ray's text
     error = str(result.error).strip().splitlines()[-1] if result.error else None
-    return Trial(dict(result.config["values"]), dict(metrics.get("kept", {})), int(metrics.get("training_iteration", 0)), error)
+    return Trial(space.drawn(result.config["values"]), dict(metrics.get("kept", {})), int(metrics.get("training_iteration", 0)), error)
 
 
 class _Progress(tune.Callback):
-    def __init__(self, progress: Callable[[Trial], None]) -> None:
-        self.progress = progress
+    def __init__(self, space: TuneConfig, progress: Callable[[Trial], None]) -> None:
+        self.space, self.progress = space, progress
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """After each report."""
         del iteration, trials, info
-        self.progress(Trial(dict(trial.config["values"]), dict(result.get("kept", {})), int(result["training_iteration"])))
+        self.progress(Trial(self.space.drawn(trial.config["values"]), dict(result.get("kept", {})), int(result["training_iteration"])))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks into the run folder; a console or a progress bar cannot go there
+        return {"space": self.space}  # Tune pickles its callbacks into the run folder; a console or a progress bar cannot go there
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        del state
-        self.progress = _silent
+        self.space, self.progress = state["space"], _silent
 
 
 def _silent(trial: Trial) -> None:

@@ -47,7 +47,7 @@ LAST_RESORT = 5_000
 class Trainer(Protocol):
     """Trains one model on an examples folder and returns the folder of the saved model (model.safetensors, model.json)."""
 
-    def __call__(self, examples_folder: Path, model: ModelConfig, training: TrainingConfig, *, name: str) -> Path: ...
+    def __call__(self, examples_folder: Path, model: ModelConfig, training: TrainingConfig, /, *, name: str) -> Path: ...
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--set", action="append", default=[], help="dotted.path=value over the configurations")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; on a busy machine more only wait for each other")
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     console = Console()
     settings = args.set + (["two_tower.training.epochs=1", "fine_rank.training.epochs=1", "evaluate.max_users=300"] if args.quick else [])
     found: dict[str, Any] = {}
