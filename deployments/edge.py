@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from deployments.resilience import Seldom
 from deployments.schemas import Accepted, EventBody, FaultAnswer, Page, RankBody, RecommendBody
 from deployments.service import Service
 from recsys.errors import RayfunnelError, RequestError, StoreUnavailableError
@@ -37,6 +38,7 @@ class Reply(NamedTuple):
     retry_after_s: int | None = None
 
 
+_seldom = Seldom()
 Handler = Callable[[bytes, str], Awaitable[Reply]]
 
 
@@ -78,7 +80,7 @@ async def answered(handler: Handler, raw: bytes, request_id: str) -> Reply:
     except RequestError as error:
         return refused(error, request_id)
     except StoreUnavailableError as error:
-        log.warning("Events are refused: %s", error)
+        _seldom.warn("events", "Events are refused.", error)
         text = "Events cannot be stored at the moment, so none was taken. Send them again later."
         return _fault(503, "store_unavailable", text, None, request_id, retry_after_s=1)
     except RayfunnelError as error:

@@ -17,7 +17,7 @@ from deployments.monitoring import ServeMonitor
 from deployments.resilience import Preferred
 from deployments.rollout import Rollout, loader
 from deployments.service import Service
-from deployments.stage import pin_threads
+from deployments.stage import log_to_stderr, pin_threads
 from deployments.store_owner import url_of
 from recsys.config import Config
 from recsys.core import Candidates, Queries
@@ -81,6 +81,7 @@ class Gateway:
 
     def __init__(self, config: Config, handles: dict[str, DeploymentHandle], store: DeploymentHandle | None) -> None:
         pin_threads(config.serve.stages.gateway.threads)
+        log_to_stderr()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._config, self._owner, self._handles = config, store, Handles(handles)
         here = tuple(name for name in STAGES if name not in handles)

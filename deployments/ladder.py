@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from deployments.resilience import Deadline, Degraded, Reason, called_twice, reason_of
+from deployments.resilience import Deadline, Degraded, Reason, Seldom, called_twice, reason_of
 from recsys.core import Candidates, Queries
 from recsys.errors import VersionAbsentError
 from recsys.features.store import UserState
@@ -116,6 +116,7 @@ class Ladder:
         on_batch: OnBatch | None = None,
     ) -> None:
         self._read_states, self._elsewhere, self._executor, self._on_batch = read_states, elsewhere, executor, on_batch
+        self._seldom = Seldom()
         self._timeout_s: dict[str, float] = {name: ms / 1000 for name, ms in timeouts_ms.model_dump().items()}
 
     async def recommend(self, funnels: Sequence[Funnel], rows: list[Row]) -> None:
@@ -127,7 +128,7 @@ class Ladder:
             try:
                 await self._descend(batch)
             except VersionAbsentError as error:
-                log.warning("Not every stage holds version %s; the batch runs under another. %s", funnel.version, error)
+                self._seldom.warn("version", f"Not every stage holds version {funnel.version}; the batch runs under another.", error)
                 continue
             return
         self._fulfil(_without(Batch(funnels[0], View(rows, None, None, noted, []).still_waiting(), timings), "recall", "unavailable"))
@@ -139,7 +140,7 @@ class Ladder:
             async with asyncio.timeout(self._timeout_s["user_state"]):
                 states = await self._read_states([row.request.user_id for row in rows])
         except Exception as error:  # noqa: BLE001  no fault of the store may fail a recommendation: the answer names it
-            log.warning("User state is stale: %s", error or type(error).__name__)
+            self._seldom.warn("user_state", "User state is stale.", error)
             return (Degraded("user_state", "stale", reason_of(error)),)
         finally:
             timings["user_state"] = 1000 * (time.perf_counter() - started)
@@ -214,7 +215,7 @@ class Ladder:
         except VersionAbsentError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a remote stage meets, the next rung answers
-            log.warning("Stage %s did not deliver; the next rung answers: %s", name, error or type(error).__name__)
+            self._seldom.warn(name, f"Stage {name} did not deliver; the next rung answers.", error)
             _without(batch, name, reason_of(error))
         else:
             batch.view, batch.step = _received(view, candidates), batch.step + 1

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from cluster import pipeline
 from cluster.registry import open_registry
-from deployments.serving import running, until_interrupted
+from cluster.runtime import serving_environment, start_ray
+from deployments.serving import check_port, cpus_for, running, until_interrupted
 from recsys.config import Config
 from recsys.funnel import Funnel
 
@@ -26,6 +27,9 @@ def tour(config: Config, console: Console, *, stay: bool) -> None:
     Raises RayfunnelError with a sentence where a step cannot be done.
     """
     started = time.perf_counter()
+    check_port(config.serve)  # before minutes of training, not after
+    # Training starts Ray, and serving needs its environment in it from the start.
+    start_ray(num_cpus=cpus_for(config), env=serving_environment(config.serve))
     pipeline.fetch(config, console)
     version = pipeline.train(config, console)
     registry = open_registry(config.place("registry"))

@@ -7,6 +7,7 @@ left travel, because two hosts do not share a clock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from recsys.core import Candidates, Queries
 from recsys.errors import StoreUnavailableError, VersionAbsentError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 Rung = Literal["stale", "default", "partial", "recall_order", "coarse_order", "cached", "popular"]
 Reason = Literal["timeout", "error", "overload", "open_circuit", "unavailable", "invalid"]
@@ -70,6 +72,25 @@ def reason_of(error: BaseException) -> Reason:
     if isinstance(error, (*GONE, StoreUnavailableError, VersionAbsentError)):
         return "unavailable"
     return "error"
+
+
+class Seldom:
+    """Logs what would else be logged with every micro-batch: each kind at once, and then once in `every_s` with a count."""
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        self._every_s = every_s
+        self._told: dict[str, float] = {}
+        self._untold: dict[str, int] = {}
+
+    def warn(self, kind: str, text: str, error: BaseException) -> None:
+        """Warn of `text` and the error, of which others of this kind say the same."""
+        now = time.monotonic()
+        if now - self._told.get(kind, -self._every_s) < self._every_s:
+            self._untold[kind] = self._untold.get(kind, 0) + 1
+            return
+        more = self._untold.pop(kind, 0)
+        self._told[kind] = now
+        log.warning("%s %s%s", text, error or type(error).__name__, f" (and {more} times since it was last said)" if more else "")
 
 
 async def called_twice(call: Callable[[float], Awaitable[T]], deadline: Deadline) -> T:

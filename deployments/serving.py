@@ -36,7 +36,7 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
     terminated = signal.signal(signal.SIGTERM, _interrupt)  # `kill` ends it as cleanly as Ctrl-C
     already = bool(os.environ.get("RAY_ADDRESS"))
     say("starting Ray")
-    start_ray(num_cpus=_cpus(config), env=serving_environment(serving))
+    start_ray(num_cpus=cpus_for(config), env=serving_environment(serving))
     import ray
     from ray import serve
 
@@ -109,7 +109,7 @@ def wait_until_ready(url: str, patience_s: float = START_S) -> None:
     )
 
 
-def _cpus(config: Config) -> int:
+def cpus_for(config: Config) -> int:
     """CPUs to announce: bookings are small, and a booking that never fits would wait for ever."""
     stages = config.serve.stages
     booked = sum(r.max_replicas * r.num_cpus for r in (stages.gateway, stages.recall, stages.coarse_rank, stages.fine_rank, stages.rerank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, TypeVar
@@ -32,6 +33,16 @@ def pin_threads(threads: int) -> None:
     threadpool_limits(threads)
 
 
+def log_to_stderr() -> None:
+    """Let this replica's choices and warnings be seen: Ray shows its stderr in the terminal that started it, and keeps it in a file."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for package in ("recsys", "cluster", "deployments"):
+        logger = logging.getLogger(package)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+
+
 class Stage:
     """Base of the stage deployments. `loads` are the parts of a bundle that the stage needs."""
 
@@ -39,6 +50,7 @@ class Stage:
 
     def __init__(self, config: Config, threads: int) -> None:
         pin_threads(threads)
+        log_to_stderr()
         # One thread: a batch uses the CPUs it was given, the next one waits without fighting it for the interpreter.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
         self.rollout = Rollout(open_registry(config.place("registry")), loader(*self.loads), poll_s=config.serve.registry_poll_s)
