@@ -7,6 +7,7 @@ grow with its links, never with users x items.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -16,9 +17,9 @@ from scipy import sparse
 from recsys.core import UNKNOWN, Queries
 from recsys.recall.order import EMPTY, best_first, descending, scores_of
 
-DENSE_BELOW = 10_000
-"""Catalogues smaller than this sum into one array per query, larger ones sort the links. By catalogue, not by batch: the two
-round differently, and an answer must not depend on its batch."""
+PRODUCT_BELOW = 20_000
+"""Catalogues smaller than this sum links by a sparse product into one array per query, larger ones by a sort of the links. By
+catalogue, not by batch: the two round differently, and an answer must not depend on its batch."""
 MAX_LINKS = 4_000_000
 """Most links that are summed at once; larger batches go in parts."""
 
@@ -67,9 +68,11 @@ class ItemLinks:
         indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
         return type(self)(indptr, source[order], self.weights[order])
 
+    @cached_property
     def matrix(self) -> sparse.csr_matrix:
-        """(I, I) csr of the weights."""
-        return sparse.csr_matrix((self.weights, self.items, self.indptr), shape=(len(self), len(self)))
+        """(I, I) csr of the weights, on the same memory."""
+        indptr = self.indptr.astype(np.int32) if len(self.items) < 2**31 else self.indptr
+        return sparse.csr_matrix((self.weights, self.items, indptr), shape=(len(self), len(self)))
 
     def strongest(self, items: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(B,) item rows -> their k strongest links as ((B, k') items, (B, k') weights), -1 / -inf where there are fewer."""
@@ -89,8 +92,8 @@ class ItemLinks:
         lengths = np.where(used, self.indptr[safe + 1] - self.indptr[safe], 0) if n else np.zeros(history.shape, np.int64)
         parts = []
         at = 0
-        # Dense parts also bound their (queries, items) array; sorted ones the number of (query, item) keys, to 32 bits.
-        most = max(1, (MAX_LINKS if n < DENSE_BELOW else 2**32 - 1) // max(n, 1))
+        # Products also bound their (queries, items) array, sorts the number of (query, item) keys, to 32 bits.
+        most = max(1, (MAX_LINKS if n < PRODUCT_BELOW else 2**32 - 1) // max(n, 1))
         ends = np.cumsum(lengths.sum(1))
         while at < B:
             stop = int(np.searchsorted(ends, (ends[at - 1] if at else 0) + MAX_LINKS, side="right"))
@@ -109,27 +112,59 @@ class ItemLinks:
     def _recall_part(
         self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
+        if not lengths.any() or not k:
+            return np.empty((len(history), 0), np.int32), np.empty((len(history), 0), np.float32)
+        by_product = len(self) < PRODUCT_BELOW
+        ranked = (self._by_product if by_product else self._by_sort)(history, weights, lengths, exclude)
+        if k < ranked.shape[1] // 4:
+            ranked = np.partition(ranked, k, axis=1)[:, :k]
+        ranked.sort(axis=1)
+        ranked = ranked[:, :k]
+        ranked = ranked[:, : int((ranked != EMPTY).sum(1).max(initial=0))]
+        items = ranked.astype(np.uint32).view(np.int32)  # the low half; of EMPTY it is -1
+        return items, np.where(ranked == EMPTY, np.float32(-np.inf), scores_of(ranked))
+
+    def _by_product(self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+        """Sums by a sparse product into (B, I) keys of `descending` and item."""
+        B, n = len(history), len(self)
+        used = lengths > 0
+        indptr = np.concatenate([[0], np.cumsum(used.sum(1))]).astype(np.int32)
+        sums = (sparse.csr_matrix((weights[used].astype(np.float32), history[used], indptr), shape=(B, n)) @ self.matrix).toarray()
+        row, column = np.nonzero((exclude >= 0) & (exclude < n))
+        sums[row, exclude[row, column]] = 0
+        ranked = descending(sums)
+        ranked |= np.arange(n, dtype=np.uint64)
+        ranked[sums <= 0] = EMPTY
+        return ranked
+
+    def _by_sort(self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+        """Sums by sorting the links of the batch into (B, W) keys of `descending` and item: nothing is as large as the catalogue."""
         B, n = len(history), len(self)
         slot = np.flatnonzero(lengths)
-        if not slot.size or not k:
-            return np.empty((B, 0), np.int32), np.empty((B, 0), np.float32)
         size = lengths.ravel()[slot]
         stops = np.cumsum(size)
         link = np.repeat(self.indptr[history.ravel()[slot]] - (stops - size), size)
         link += np.arange(stops[-1])  # (links,)
-        values = self.weights[link]
-        values *= np.repeat(weights.ravel()[slot].astype(np.float32), size)
-        row, column = np.nonzero((exclude >= 0) & (exclude < n))
-        barred = row * n + exclude[row, column]
+        values = self.weights[link] * np.repeat(weights.ravel()[slot].astype(np.float32), size)
         keys = self.items[link].astype(np.int64) + np.repeat(slot // history.shape[1] * n, size)  # query * n + item
-        if n < DENSE_BELOW:
-            sums = np.bincount(keys, values, minlength=B * n).astype(np.float32)
-            sums[barred] = 0
-            ranked = descending(sums).reshape(B, n) | np.arange(n, dtype=np.uint64)
-            ranked[sums.reshape(B, n) <= 0] = EMPTY
-        else:
-            ranked = _sorted_sums(np.concatenate([keys, barred]), np.concatenate([values, np.full(len(barred), -np.inf, np.float32)]), B, n)
-        return _best_of(ranked, k)
+        row, column = np.nonzero((exclude >= 0) & (exclude < n))
+        keys = np.concatenate([keys, row * n + exclude[row, column]])
+        values = np.concatenate([values, np.full(len(row), -np.inf, np.float32)])  # what is barred sums up to -inf
+        # The value's bits ride below the key: one sort of plain integers, and nothing to gather afterwards.
+        packed = keys.astype(np.uint64)
+        packed <<= np.uint64(32)
+        packed |= values.view(np.uint32)
+        packed.sort()
+        key, values = (packed >> np.uint64(32)).astype(np.uint32), packed.astype(np.uint32).view(np.float32)
+        starts = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
+        sums = np.add.reduceat(values, starts)
+        query, item = np.divmod(key[starts][sums > 0], np.uint32(n))
+        width = np.bincount(query, minlength=B)
+        ranked = np.full((B, int(width.max(initial=0))), EMPTY)
+        ranked[query, np.arange(len(query)) - np.repeat(np.cumsum(width) - width, width)] = descending(sums[sums > 0]) | item.astype(
+            np.uint64
+        )
+        return ranked
 
     def save(self, folder: Path) -> None:
         """Write indptr.npy, items.npy and weights.npy."""
@@ -142,36 +177,6 @@ class ItemLinks:
         """Read what `save` wrote, memory-mapped."""
         # asarray: a plain view of the map, whose indexing does not pay for the memmap subclass.
         return cls(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("indptr", "items", "weights")))
-
-
-def _sorted_sums(keys: np.ndarray, values: np.ndarray, B: int, n: int) -> np.ndarray:
-    """Sum float32 values of equal keys (query * n + item); the positive sums as (B, W) keys of `descending` and item."""
-    # The value's bits ride below the key: one sort of plain integers, and nothing to gather afterwards.
-    packed = keys.astype(np.uint64)
-    packed <<= np.uint64(32)
-    packed |= values.view(np.uint32)
-    packed.sort()
-    keys, values = (packed >> np.uint64(32)).astype(np.uint32), packed.astype(np.uint32).view(np.float32)
-    starts = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1])
-    sums = np.add.reduceat(values, starts)
-    positive = sums > 0
-    query, item = np.divmod(keys[starts][positive], np.uint32(n))
-    width = np.bincount(query, minlength=B)
-    column = np.arange(len(query)) - np.repeat(np.cumsum(width) - width, width)
-    ranked = np.full((B, int(width.max(initial=0))), EMPTY)
-    ranked[query, column] = descending(sums[positive]) | item.astype(np.uint64)
-    return ranked
-
-
-def _best_of(ranked: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, W) keys of `descending` and item -> the k best of each row, without columns that are empty in every row."""
-    if k < ranked.shape[1] // 4:
-        ranked = np.partition(ranked, k, axis=1)[:, :k]
-    ranked.sort(axis=1)
-    ranked = ranked[:, :k]
-    ranked = ranked[:, : int((ranked != EMPTY).sum(1).max(initial=0))]
-    items = ranked.astype(np.uint32).view(np.int32)  # the low half; of EMPTY it is -1
-    return items, np.where(ranked == EMPTY, np.float32(-np.inf), scores_of(ranked))
 
 
 def recency(

@@ -31,11 +31,11 @@ class TestItemCFByHistory(RecallerContract):
 
 
 class TestItemCFOnALargeCatalogue(TestItemCF):
-    """The road of large catalogues, which sorts links instead of filling an array."""
+    """The road of large catalogues, which sorts links."""
 
     @pytest.fixture(autouse=True)
     def _large(self, monkeypatch):
-        monkeypatch.setattr(links_module, "DENSE_BELOW", 0)
+        monkeypatch.setattr(links_module, "PRODUCT_BELOW", 0)
 
 
 class TestItemCFInManyParts(TestItemCF):
@@ -216,16 +216,16 @@ def test_an_unfitted_channel_says_so():
 # Links.
 
 
-def test_dense_and_sorted_sums_agree(monkeypatch):
+def test_sums_by_product_and_by_sort_agree(monkeypatch):
     log = zipf(80, 60, 1_500, seed=1)
     links = ItemCFConfig(neighbors=20).build().fit(log).links
     queries = queries_of(*seen_of(log), exclude=[s[:5] for s in seen_of(log)])
     weights = recency(queries, decay=0.9)
-    dense = links.recall(queries.history, weights, queries.exclude, 15)
-    monkeypatch.setattr(links_module, "DENSE_BELOW", 0)
+    by_product = links.recall(queries.history, weights, queries.exclude, 15)
+    monkeypatch.setattr(links_module, "PRODUCT_BELOW", 0)
     by_sort = links.recall(queries.history, weights, queries.exclude, 15)
-    np.testing.assert_allclose(by_sort[1], dense[1], atol=1e-5)
-    assert (by_sort[0] == dense[0]).mean() > 0.99  # near-ties may stand the other way round
+    np.testing.assert_allclose(by_sort[1], by_product[1], atol=1e-5)
+    assert (by_sort[0] == by_product[0]).mean() > 0.99  # near-ties may stand the other way round
 
 
 def test_links_equal_a_sparse_product():
@@ -234,7 +234,7 @@ def test_links_equal_a_sparse_product():
     seen = seen_of(log)
     items, scores = links.recall(queries_of(*seen).history, recency(queries_of(*seen)), np.empty((50, 0), np.int32), 30)
     counts = np.stack([np.bincount(s, minlength=30) for s in seen])
-    expected = counts @ links.matrix()
+    expected = counts @ links.matrix
     for b in range(50):
         known = items[b] >= 0
         np.testing.assert_allclose(scores[b][known], expected[b][items[b][known]], rtol=1e-5)
@@ -246,7 +246,7 @@ def test_reversed_links_are_the_same_pairs_from_the_other_end():
     back = links.reversed()
     assert back.indptr.tolist() == [0, 0, 1, 3]
     assert back.items.tolist() == [0, 1, 0]  # of item 2: 1 (0.9) before 0 (0.2)
-    np.testing.assert_allclose(back.matrix().toarray(), links.matrix().T.toarray())
+    np.testing.assert_allclose(back.matrix.toarray(), links.matrix.T.toarray())
 
 
 def test_recency_by_hand():

@@ -32,7 +32,7 @@ def test_ease_equals_its_closed_form():
     B = -P / np.diag(P)
     np.fill_diagonal(B, 0)
     channel = EASEConfig(l2=20, links=None, decay=1).build().fit(log)
-    np.testing.assert_allclose(channel.links.matrix().toarray(), B, atol=1e-5)
+    np.testing.assert_allclose(channel.links.matrix.toarray(), B, atol=1e-5)
     seen = seen_of(log)
     items, scores = channel.recall(queries_of(*seen), 25)
     counts = np.stack([np.bincount(s, minlength=25) for s in seen])
@@ -44,7 +44,7 @@ def test_ease_equals_its_closed_form():
 
 def test_ease_keeps_the_weights_furthest_from_zero():
     links = ItemLinks.dense(np.array([[0, 0.5, -0.9], [0.1, 0, 0.2], [0, 0, 0]], np.float32), keep=1)
-    np.testing.assert_allclose(links.matrix().toarray(), [[0, 0, -0.9], [0, 0, 0.2], [0, 0, 0]])
+    np.testing.assert_allclose(links.matrix.toarray(), [[0, 0, -0.9], [0, 0, 0.2], [0, 0, 0]])
 
 
 def test_ease_refuses_a_catalogue_whose_inverse_does_not_fit():
