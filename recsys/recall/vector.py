@@ -19,18 +19,15 @@ from pydantic import Field, PositiveInt
 
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.errors import BundleError, ConfigError
-from recsys.recall.order import among, best_first
+from recsys.recall.exact import best_of, exact_search
+from recsys.recall.order import among
 
 log = logging.getLogger(__name__)
 
 SEARCH: Any = faiss  # its type stubs lack the search parameters
 
-BLOCK = 16_000_000
-"""Most scores that an exact search holds at once (64 MB)."""
 OVER_FETCH = 512
 """Up to this many excluded items, an approximate search asks for more and drops them; above, it filters as it walks."""
-SLACK = 8
-"""Exact search settles near-ties at the last place among this many more (see _exact)."""
 
 
 class EncodesUsers(Protocol):
@@ -189,26 +186,39 @@ class VectorIndex:
         items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
         light = np.flatnonzero((n_excluded <= OVER_FETCH) | self.on_gpu)
         if light.size:
-            found = self._faiss_search(vectors[light], min(k + int(n_excluded[light].max()), len(self)))
-            items[light], scores[light] = _without(*found, exclude[light], k)
+            answer = self._faiss_search(vectors[light], min(k + int(n_excluded[light].max()), len(self)))
+            items[light], scores[light] = _without(*answer, exclude[light], k)
         for b in np.flatnonzero((n_excluded > OVER_FETCH) & (not self.on_gpu)):
-            ids = exclude[b][exclude[b] >= 0].astype(np.int64)
-            found = self._faiss_search(vectors[b : b + 1], k, faiss.IDSelectorNot(faiss.IDSelectorBatch(ids)))
-            items[b], scores[b] = (x[0] for x in _without(*found, exclude[b : b + 1], k))
+            items[b], scores[b] = self._selected(vectors[b : b + 1], exclude[b : b + 1], k)
         # A graph walk or a few clusters can end before k are found: those rows get the exact answer.
-        short = np.flatnonzero((items >= 0).sum(1) < np.minimum(k, len(self) - n_excluded))
+        found = (items >= 0).sum(1)
+        short = np.array([b for b in np.flatnonzero(found < k) if found[b] < min(k, self._left(exclude[b]))], np.int64)
         if short.size:
             log.debug("faiss index=%s answered %d of %d queries short; searched exactly", self.kind, short.size, B)
+        if self.kind == "ivf" and not self.on_gpu:
+            for b in short:
+                items[b], scores[b] = self._selected(vectors[b : b + 1], exclude[b : b + 1], k, effort=int(self.index.nlist))
+        elif short.size:
             items[short], scores[short] = exact_search(self.vectors(), vectors[short], k, exclude[short])
         return items, scores
 
-    def _faiss_search(self, vectors: np.ndarray, k: int, selector: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    def _left(self, exclude: np.ndarray) -> int:
+        """How many items an (E,) exclusion leaves; it may name one twice."""
+        return len(self) - len(np.unique(exclude[(exclude >= 0) & (exclude < len(self))]))
+
+    def _selected(self, vector: np.ndarray, exclude: np.ndarray, k: int, effort: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(k,) items and scores of one query, filtered inside the search."""
+        ids = exclude[exclude >= 0].astype(np.int64)
+        items, scores = _without(*self._faiss_search(vector, k, faiss.IDSelectorNot(faiss.IDSelectorBatch(ids)), effort), exclude, k)
+        return items[0], scores[0]
+
+    def _faiss_search(self, vectors: np.ndarray, k: int, selector: Any = None, effort: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         if self.config.threads is not None:
             faiss.omp_set_num_threads(self.config.threads)  # OpenMP keeps this number per calling thread
         if self.kind == "hnsw":
             params = SEARCH.SearchParametersHNSW(efSearch=max(self.effort, k), sel=selector)
         elif self.kind == "ivf":
-            params = SEARCH.SearchParametersIVF(nprobe=self.effort, sel=selector)
+            params = SEARCH.SearchParametersIVF(nprobe=effort or self.effort, sel=selector)
         else:
             params = None
         scores, items = self.index.search(vectors, k, params=params)
@@ -286,45 +296,12 @@ class VectorRecaller:
         self.index.save(folder)
 
 
-def exact_search(items: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest inner products of (B, d) queries with (I, d) items, in blocks: ((B, min(k, I)) items, scores), best first.
-
-    BLAS rounds differently for different batch sizes. So it only nominates k + SLACK items; their scores are summed again
-    in one fixed order, and decide: an answer does not depend on its batch. Ties go to the smaller row.
-    """
-    k = min(k, len(items))
-    step = max(1, BLOCK // max(len(items), 1))
-    parts = [
-        _exact(items, queries[b : b + step], k, None if exclude is None else exclude[b : b + step]) for b in range(0, len(queries), step)
-    ]
-    if not parts:
-        return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-
-def _exact(items: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    scores = queries @ items.T  # (B, I)
-    if exclude is not None and exclude.size:
-        row, slot = np.nonzero((exclude >= 0) & (exclude < len(items)))
-        scores[row, exclude[row, slot]] = -np.inf
-    nominated = np.sort(best_first(scores, k + SLACK), axis=1)  # (B, k + SLACK)
-    out = np.isneginf(np.take_along_axis(scores, nominated, 1))
-    again = np.einsum("bkd,bd->bk", items[nominated], queries)
-    return _best(nominated, np.where(out, np.float32(-np.inf), again), k)
-
-
 def _without(items: np.ndarray, scores: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Drop excluded items from Faiss's answer and keep k, ties to the smaller row; pads where Faiss gave fewer."""
     order = np.argsort(items, axis=1)
     items = np.take_along_axis(items, order, 1)
     scores = np.where(among(items, exclude), np.float32(-np.inf), np.take_along_axis(scores, order, 1))
-    return _best(items, scores, k)
-
-
-def _best(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    order = best_first(scores, k)
-    scores = np.take_along_axis(scores, order, 1)
-    return np.where(np.isneginf(scores), UNKNOWN, np.take_along_axis(items, order, 1)).astype(np.int32), scores
+    return best_of(items, scores, k)
 
 
 def _gpu_wanted(device: str) -> bool:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from recsys.errors import BundleError, ConfigError
+from recsys.recall import exact as exact_module
 from recsys.recall import vector as vector_module
-from recsys.recall.vector import VectorConfig, VectorIndex, VectorRecaller, exact_search
+from recsys.recall.exact import exact_search
+from recsys.recall.vector import VectorConfig, VectorIndex, VectorRecaller
 from tests.contracts import RecallerContract, queries_of
 
 KINDS = ("flat", "hnsw", "ivf")
@@ -89,10 +91,21 @@ def test_filtered_search_equals_exact_search_then_filter(monkeypatch, kind, over
     np.testing.assert_allclose(scores[:, :left], np.take_along_axis(full, got[:, :left].astype(np.int64), 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_a_search_that_ends_early_is_finished_exactly(kind):
+    items, queries = cloud(500), cloud(6, seed=1)
+    index = VectorConfig(kind=kind, hnsw_links=2, ef_construction=2, ef_search=1, lists=50, probes=1, recall_goal=0.01).build().fit(items)
+    index.effort = 1
+    exclude = np.argsort(-(queries @ items.T), axis=1)[:, :100].astype(np.int32)
+    exclude = np.tile(exclude, (1, 3))  # naming an item again excludes no other
+    got, _ = index.recall_vectors(queries, exclude, 400)
+    assert [sorted(row.tolist()) for row in got] == [sorted(set(range(500)) - set(out.tolist())) for out in exclude]
+
+
 def test_exact_search_in_blocks_equals_one_block(monkeypatch):
     items, queries = cloud(300), cloud(33, seed=2)
     whole = exact_search(items, queries, 10)
-    monkeypatch.setattr(vector_module, "BLOCK", 300 * 4)
+    monkeypatch.setattr(exact_module, "BLOCK", 300 * 4)
     for got, want in zip(exact_search(items, queries, 10), whole, strict=True):
         np.testing.assert_array_equal(got, want)
 
