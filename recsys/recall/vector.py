@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 SEARCH: Any = faiss  # its type stubs lack the search parameters
 
+GPU_DEEPEST = 2_048
+"""Faiss on a GPU gives at most this many items a query; deeper ones are searched exactly on the CPU."""
 OVER_FETCH = 512
 """Up to this many excluded items, an approximate search asks for more and drops them; above, it filters as it walks."""
 
@@ -86,6 +88,8 @@ class VectorIndex:
         self.measured_recall = 1.0
         """Share of the exact 100 nearest found when it was built."""
         self.index: Any = None
+        """The index in host memory; on a GPU host, its copy there is searched."""
+        self._searched: Any = None
         self.on_gpu = False
 
     def __len__(self) -> int:
@@ -138,8 +142,7 @@ class VectorIndex:
 
     def _place(self, gpu: bool) -> None:
         self.on_gpu = gpu
-        if gpu:
-            self.index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self.index)
+        self._searched = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self.index) if gpu else self.index
 
     def _tune(self, vectors: np.ndarray, queries: np.ndarray) -> None:
         """Double the effort until the recall goal holds on `queries`; past the size of the index there is no more to gain."""
@@ -184,11 +187,11 @@ class VectorIndex:
         B = len(vectors)
         n_excluded = (exclude >= 0).sum(1)
         items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
-        light = np.flatnonzero((n_excluded <= OVER_FETCH) | self.on_gpu)
+        light = np.flatnonzero(n_excluded <= (GPU_DEEPEST - k if self.on_gpu else OVER_FETCH))
         if light.size:
             answer = self._faiss_search(vectors[light], min(k + int(n_excluded[light].max()), len(self)))
             items[light], scores[light] = _without(*answer, exclude[light], k)
-        for b in np.flatnonzero((n_excluded > OVER_FETCH) & (not self.on_gpu)):
+        for b in np.flatnonzero(n_excluded > OVER_FETCH) if not self.on_gpu else ():
             items[b], scores[b] = self._selected(vectors[b : b + 1], exclude[b : b + 1], k)
         # A graph walk or a few clusters can end before k are found: those rows get the exact answer.
         found = (items >= 0).sum(1)
@@ -221,12 +224,12 @@ class VectorIndex:
             params = SEARCH.SearchParametersIVF(nprobe=effort or self.effort, sel=selector)
         else:
             params = None
-        scores, items = self.index.search(vectors, k, params=params)
+        scores, items = self._searched.search(vectors, k, params=params)
         return items.astype(np.int32), np.where(items < 0, -np.inf, scores).astype(np.float32)
 
     def vectors(self) -> np.ndarray:
-        """The (n_items, d) float32 vectors under the index; a view without a copy where it is flat or HNSW on the CPU."""
-        if self.kind == "ivf" or self.on_gpu:
+        """The (n_items, d) float32 vectors under the index; a view without a copy where it is flat or HNSW."""
+        if self.kind == "ivf":
             return np.asarray(self.index.reconstruct_n(0, len(self)))
         flat = self.index if self.kind == "flat" else SEARCH.downcast_index(self.index.storage)
         return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
@@ -245,7 +248,7 @@ class VectorIndex:
     def save(self, folder: Path) -> None:
         """Write `index.faiss` (with the vectors) and `index.json` (kind, effort, measured recall, shape)."""
         folder.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(faiss.index_gpu_to_cpu(self.index) if self.on_gpu else self.index, str(folder / "index.faiss"))
+        faiss.write_index(self.index, str(folder / "index.faiss"))
         facts = {
             "kind": self.kind,
             "effort": self.effort,

@@ -193,6 +193,48 @@ def test_a_gpu_that_is_not_there_is_named():
         VectorConfig(device="gpu").build().fit(cloud(10))
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Faiss as it looks on a GPU host; the copy 'on the GPU' is the index itself, and refuses what a GPU refuses."""
+    calls = []
+
+    class OnGPU:
+        def __init__(self, index):
+            self.index = index
+
+        def search(self, vectors, k, params=None):
+            assert k <= 2_048
+            assert getattr(params, "sel", None) is None
+            calls.append(k)
+            return self.index.search(vectors, k, params=params)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, device, index: OnGPU(index), raising=False)
+    return calls
+
+
+def test_on_a_gpu_the_index_is_flat_and_searched_there(pretended_gpu, caplog, tmp_path):
+    items, queries = cloud(3_000), cloud(5, seed=1)
+    exclude = np.tile(np.arange(2_500, dtype=np.int32), (5, 1))
+    exclude[:3, 30:] = -1
+    with caplog.at_level(logging.INFO):
+        built = VectorConfig(flat_below=100).build().fit(items)
+    assert "faiss index=flat device=gpu (items=3,000; on a GPU flat below 2,000,000)" in caplog.text
+    built.save(tmp_path)
+    want = exact_search(items, queries, 20, exclude)
+    for index in (built, VectorIndex.load(tmp_path, built.config), VectorIndex.load(tmp_path, VectorConfig(device="cpu"))):
+        got = index.recall_vectors(queries, exclude, 20)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_allclose(got[1], want[1], atol=1e-6)
+    assert pretended_gpu == [50, 50], "over-fetched for the light ones; the heavy ones, and the stand-in on the CPU, are exact"
+
+
+def test_hnsw_is_refused_on_a_gpu(pretended_gpu):
+    with pytest.raises(ConfigError, match=r"'hnsw' has no GPU version\. Use kind: flat or ivf there, or device: cpu"):
+        VectorConfig(kind="hnsw").build().fit(cloud(10))
+
+
 def test_the_channel_excludes_and_encodes_the_queries():
     items = cloud(20)
     channel = VectorRecaller("two_tower", lambda queries: items[queries.history[:, -1]], VectorConfig().build().fit(items))
