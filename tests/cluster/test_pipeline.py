@@ -1,0 +1,165 @@
+"""The offline commands end to end on a small log: trained on Ray, judged, published, found again, searched."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cluster import pipeline
+from cluster.registry import open_registry
+from cluster.search import with_values
+from recsys import packing
+from recsys.config import load
+from recsys.ctr_protocol import judge_ctr
+from recsys.errors import ConfigError, DataError
+from recsys.funnel import Funnel
+from recsys.prepared import prepare
+from recsys.report_page import page
+from tests.small import config_of, recipe_of, write_data
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def console() -> Console:
+    return Console(record=True, width=160, force_terminal=False)
+
+
+@pytest.mark.ray
+def test_train_publishes_promotes_the_first_and_is_not_repeated(tmp_path, ray_cluster):
+    write_data(tmp_path)
+    config, told = config_of(tmp_path), console()
+    version = pipeline.train(config, told)
+    registry = open_registry(config.place("registry"))
+    assert registry.aliases() == {"production": version}
+    manifest = registry.manifest("production")
+    assert 0 <= manifest.metrics["ndcg@10"] <= 1
+    assert manifest.index_recall == 1.0
+    assert manifest.bytes_per_item > 0
+    folder = registry.local_copy(version)
+    assert packing.differences(Funnel.load(folder), folder) == []
+    text = told.export_text()
+    assert "rows read" in text
+    assert "still there after" in text
+
+    again = console()
+    assert pipeline.train(config, again) == version
+    assert "nothing to train" in again.export_text()
+
+    shown = console()
+    pipeline.recommend(config, ["u0", "nobody"], shown, k=3)
+    assert "Item" in shown.export_text()
+
+    report = pipeline.evaluate(config, console(), models=["popular", "funnel"], json=tmp_path / "r.json", html=tmp_path / "r.html")
+    assert [row["model"] for row in report["rows"]] == ["popular", "funnel"]
+    assert json.loads((tmp_path / "r.json").read_text())["protocol"] == "next_item"
+    assert "<table>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.ray
+def test_tune_tries_the_configuration_as_it_is_and_writes_the_best(tmp_path, ray_cluster):
+    write_data(tmp_path)
+    config = config_of(tmp_path, "two_tower.training.learning_rate=0.0001", "two_tower.training.embedding_learning_rate=0.0001")
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "metric: ndcg@10\ntrials: 3\nmax_epochs: 3\nparameters:\n  two_tower.training.embedding_learning_rate: {choice: [0.1, 0.2]}\n"
+        "  two_tower.model.user_hidden: {choice: [[], [8]]}\n"
+    )
+    told = console()
+    best = pipeline.tune(config, space, told, write=tmp_path / "best.yaml")
+    assert set(best) == {"two_tower.training.embedding_learning_rate", "two_tower.model.user_hidden"}
+    assert "as configured" in told.export_text()
+    overlaid = load([tmp_path / "small.yaml", tmp_path / "best.yaml"])
+    assert overlaid.two_tower.training.embedding_learning_rate == best["two_tower.training.embedding_learning_rate"]
+
+
+def test_a_search_space_with_an_unknown_metric_or_path_is_refused(small):
+    from cluster.search import _model_of
+
+    with pytest.raises(ConfigError, match="no model reports"):
+        _model_of("accuracy")
+    with pytest.raises(ConfigError, match=r"two_tower\.training\.lr"):
+        with_values(small.config.document(), small.config.base, {"two_tower.training.lr": 1})
+
+
+def test_protocol_ncf_is_refused_with_what_there_is(small):
+    with pytest.raises(ConfigError, match="next_item, top_n, time or ctr"):
+        pipeline.evaluate(small.config, console(), protocol="ncf")
+
+
+def test_state_is_named_by_what_made_it(tmp_path):
+    write_data(tmp_path)
+    config = config_of(tmp_path)
+    _, key = pipeline.prepare(config, console())
+    again = console()
+    assert pipeline.prepare(config, again)[1] == key
+    assert "up to date" in again.export_text()
+    with (tmp_path / "log.csv").open("a") as log:
+        log.write("u0,i39,1700500000,web\n")
+    assert pipeline.prepare(config, console())[1] != key
+    assert pipeline.prepare(config_of(tmp_path, "features.dim=4"), console())[1] != key
+
+
+def test_ctr_ranks_the_logs_own_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 30, 3_000), rng.integers(0, 20, 3_000)
+    rating = np.where((user + item) % 2 == 0, 5, 1)  # an interaction that no sum of a user's and an item's weight can tell
+    lines = [f"{u},{i},{r},{1_700_000_000 + n}" for n, (u, i, r) in enumerate(zip(user, item, rating, strict=True))]
+    (tmp_path / "r.csv").write_text("user_id,item_id,rating,ts\n" + "\n".join(lines) + "\n")
+    (tmp_path / "c.yaml").write_text(
+        f"name: pairs\nworkdir: {tmp_path}/state\ndata:\n  interactions: {{path: r.csv, time: ts}}\n  labels: {{like: {{column: rating, at_least: 4}}}}\n"
+        "  impressions: true\nsplit: {by: random}\nfine_rank: {features: [user_id, item_id], training: {epochs: 8, batch_size: 256, granule: 64,"
+        " learning_rate: 0.01, embedding_learning_rate: 0.1}}\n"
+    )
+    config = load([tmp_path / "c.yaml"])
+    prepared = prepare(config)
+    steps = recipe_of(config, prepared)
+    found = judge_ctr(config, prepared, tmp_path / "examples", steps.train)
+    auc = {row["model"]: row["metrics"]["auc"] for row in found["rows"]}
+    assert list(auc) == ["item_prior", "lr", "deepfm"]
+    assert auc["lr"] < 0.65
+    assert auc["deepfm"] > 0.95
+    with pytest.raises(ConfigError, match="no row 'xdeepfm'"):
+        judge_ctr(config, prepared, tmp_path / "examples", steps.train, models=["xdeepfm"])
+    html = page("pairs", found)
+    assert "deepfm" in html
+    assert "<script" not in html
+
+
+def test_ctr_needs_both_classes(small, tmp_path):
+    steps = recipe_of(small.config)
+    with pytest.raises(DataError, match=r"Declare data\.labels"):
+        judge_ctr(small.config, steps.prepared, tmp_path, steps.train)
+
+
+def test_the_ten_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    """The YAML under "Your own log" is taken from the README and used, on files that have the columns it names."""
+    yaml = re.search(r"## Your own log.*?```yaml\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    (tmp_path / "mine.yaml").write_text(yaml)
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{u}", f"s{i}", 1_700_000_000 + 600 * n, "click")
+        for n, (u, i) in enumerate(zip(rng.integers(0, 40, 900), rng.integers(0, 30, 900), strict=True))
+    ]
+    (tmp_path / "log.csv").write_text("uid,sku,ts,action\n" + "\n".join(",".join(map(str, row)) for row in rows) + "\n")
+    (tmp_path / "items.csv").write_text(
+        "sku,name,category,tags,price\n" + "\n".join(f"s{i},Thing {i},c{i % 3},a b{i % 2},{i + 1}.5" for i in range(30)) + "\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    quick = [
+        "two_tower.training.epochs=1",
+        "fine_rank.training.epochs=1",
+        "two_tower.training.batch_size=256",
+        "fine_rank.training.batch_size=256",
+    ]
+    config = load([tmp_path / "mine.yaml"], quick)
+    steps = recipe_of(config)
+    funnel = steps.judged()
+    queries = funnel.queries([])
+    assert len(queries) == 0
+    held_out = steps.held_out()
+    pages = funnel.page(held_out.queries(np.arange(3)), funnel.recommend(held_out.queries(np.arange(3))))
+    assert all(page for page in pages)
+    assert pages[0][0].title.startswith("Thing")
