@@ -68,6 +68,8 @@ def serving_environment(serve: ServeConfig) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(threads),
+            # A log line a request, parsed in Python: a tenth of what serving costs. The gateway's own metrics tell the same.
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             # A replica that dies with a request in flight: try another. Safe, because every endpoint is idempotent.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         }

@@ -64,11 +64,11 @@ class RecommendBody(Body):
     """The user, known or not. 196 and "196" are one user."""
     k: int = Field(default=10, strict=True)
     """How many items, 1 to 1,000."""
-    context: Scalars = {}
+    context: Scalars = Field(default_factory=dict)
     """Raw values of context columns, as device or page."""
-    features: Scalars = {}
+    features: Scalars = Field(default_factory=dict)
     """Raw values of user columns; they override what is known of the user."""
-    exclude: list[Id] = []
+    exclude: list[Id] = Field(default_factory=list)
     """Items that must not come back; unknown ids are ignored."""
     explain: bool = False
     """Add each item's rank and score at every stage."""
@@ -85,9 +85,9 @@ class RankBody(Body):
     """The user, known or not."""
     item_ids: list[Id]
     """The items to score, at most 1,000; unknown ones are left out of the answer."""
-    context: Scalars = {}
+    context: Scalars = Field(default_factory=dict)
     """Raw values of context columns."""
-    features: Scalars = {}
+    features: Scalars = Field(default_factory=dict)
     """Raw values of user columns; they override what is known of the user."""
     explain: bool = False
     """Add each item's rank and score at every stage."""
@@ -114,7 +114,7 @@ class EventBody(Body):
     """A rating, a price, seconds watched."""
     request_id: Id | None = None
     """The recommendation that the event answers."""
-    context: Scalars = {}
+    context: Scalars = Field(default_factory=dict)
     """Anything else worth keeping in the log."""
 
 
