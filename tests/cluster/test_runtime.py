@@ -29,7 +29,7 @@ def test_the_data_plane_is_one_switch_and_says_both_of_its_flags_either_way() ->
 def test_two_services_on_one_host_share_no_port_and_no_file_of_haproxy() -> None:
     one, two = (serving_environment(ServeConfig(port=port)) for port in (18_111, 18_112))
     shared = [name for name in one if "HAPROXY" in name and one[name] == two[name]]
-    assert sorted(shared) == ["RAY_SERVE_HAPROXY_NBTHREAD", "RAY_SERVE_HAPROXY_RETRY_ON"]
+    assert sorted(shared) == ["RAY_SERVE_HAPROXY_METRICS_ENABLED", "RAY_SERVE_HAPROXY_NBTHREAD", "RAY_SERVE_HAPROXY_RETRY_ON"]
     assert one["RAY_SERVE_HAPROXY_STATS_PORT"] != one["RAY_SERVE_HAPROXY_METRICS_PORT"]
     folder = Path(one["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
     try:
