@@ -70,7 +70,8 @@ class ExamplesConfig(FrozenConfig):
 
 
 def _default_channels() -> dict[str, ChannelConfig]:
-    return {"two_tower": VectorConfig(), "item_cf": ItemCFConfig(), "realtime": RealtimeConfig(), "popular": PopularConfig()}
+    found = (VectorConfig(), ItemCFConfig(), MarkovConfig(), RealtimeConfig(), PopularConfig())
+    return {config.type: config for config in found}
 
 
 class RecallConfig(FrozenConfig):

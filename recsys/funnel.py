@@ -197,8 +197,9 @@ class Funnel:
     def rerank(self, queries: Queries, candidates: Candidates) -> Candidates:
         """The page: at most max(k) items a query; `page` cuts each to its own k."""
         k = int(queries.k.max(initial=1))
-        out = self.reranker.rerank(queries, candidates, k) if self.reranker else candidates.reordered(*_first(candidates, k))
-        out.stage = "rerank"
+        out = (
+            self.reranker.rerank(queries, candidates, k) if self.reranker else candidates.reordered(*_first(candidates, k), stage="rerank")
+        )
         if queries.explain:
             out.noted()
         return out

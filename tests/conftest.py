@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import warnings
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +48,13 @@ def ray_cluster() -> Iterator[str]:
     """
     from cluster.runtime import start_ray
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Serve's own modules still speak pydantic's old dialect when they are first imported
+        import ray.serve  # noqa: F401
     start_ray(num_cpus=8, env=ENVIRONMENT)
-    from ray import serve
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Serve's own use of what pydantic has deprecated
+        from ray import serve
 
     serve.start(http_options={"host": "127.0.0.1", "port": HTTP_PORT})
     yield f"http://127.0.0.1:{HTTP_PORT}"

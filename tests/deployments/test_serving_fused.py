@@ -39,9 +39,9 @@ def test_an_event_enters_the_next_answer(fused: Live) -> None:
 def test_explain_names_channels_and_every_stage(fused: Live) -> None:
     item = fused.client().recommend("u7", 1, explain=True).json["items"][0]
     assert set(item["explain"]["stages"]) == set(STAGES)
-    assert item["sources"] == [c for c in ("two_tower", "item_cf", "realtime", "popular") if c in item["explain"]["channels"]] or set(
-        item["sources"]
-    ) == set(item["explain"]["channels"])
+    assert item["sources"] == [
+        c for c in ("two_tower", "item_cf", "markov", "realtime", "popular") if c in item["explain"]["channels"]
+    ] or set(item["sources"]) == set(item["explain"]["channels"])
 
 
 @pytest.mark.parametrize(

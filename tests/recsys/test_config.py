@@ -107,7 +107,7 @@ def test_a_file_extends_another_and_an_overlay_wins_over_both(tmp_path: Path) ->
 def test_defaults_lie_under_a_file_that_extends_nothing(tmp_path: Path) -> None:
     path = file(tmp_path, MINIMAL + "recall: {channels: {item_cf: {neighbors: 7}}}\nfine_rank: {model: {dim: 3}}\n")
     config = load([path], ["recall.channels.popular=null"])
-    assert list(config.recall.channels) == ["two_tower", "item_cf", "realtime"]
+    assert list(config.recall.channels) == ["two_tower", "item_cf", "markov", "realtime"]
     assert (config.fine_rank.model.type, config.fine_rank.model.dim) == ("deepfm", 3)
 
 
@@ -154,7 +154,7 @@ def test_another_type_replaces_the_section_and_the_same_type_merges(tmp_path: Pa
 def test_a_channel_is_named_by_its_type_and_null_takes_it_away(tmp_path: Path) -> None:
     path = file(tmp_path, "extends: base.yaml\n" + MINIMAL + "recall: {channels: {popular: null, near: {type: item_cf, neighbors: 3}}}\n")
     channels = load([path], ["recall.channels.item_cf={neighbors: 7}"]).recall.channels
-    assert list(channels) == ["two_tower", "item_cf", "realtime", "near"]
+    assert list(channels) == ["two_tower", "item_cf", "markov", "realtime", "near"]
     assert (channels["item_cf"].neighbors, channels["near"].neighbors) == (7, 3)
 
 
@@ -315,7 +315,7 @@ def test_sections_that_do_not_fit_together_are_faults_too(tmp_path: Path) -> Non
         "mine.yaml:4: coarse_rank.keep is 50, more than the 40 that recall.merge.limit lets through.",
         "mine.yaml:6: fine_rank.keep is 60, more than the 50 that coarse_rank.keep lets through.",
         "mine.yaml:7: fine_rank.features uses feature 'categry', which no column declares; did you mean 'category'?",
-        "mine.yaml:8: recall.merge.weights.itemcf names no channel; channels are two_tower, item_cf, realtime, popular.",
+        "mine.yaml:8: recall.merge.weights.itemcf names no channel; channels are two_tower, item_cf, markov, realtime, popular.",
         "mine.yaml:9: rerank.caps.0.column names 'brand', which no item column declares; known: category.",
     ]
 

@@ -114,7 +114,7 @@ def test_the_report_has_every_channel_stage_and_what_each_cut_loses(steps):
     counts = np.bincount(steps.prepared.log.item, minlength=steps.prepared.log.n_items)
     report = evaluate_funnel(steps.judged(), steps.held_out(), counts, protocol="next_item")
     rows = {row.model: row.metrics()["ndcg@10"] for row in report.rows}
-    assert list(rows) == ["two_tower", "item_cf", "realtime", "popular", "merged", "coarse", "fine", "funnel"]
+    assert list(rows) == ["two_tower", "item_cf", "markov", "realtime", "popular", "merged", "coarse", "fine", "funnel"]
     # 10 unseen items of the user's half, one of them right, against 20 unseen in all: knowing the half beats popularity.
     assert rows["item_cf"] > rows["popular"]
     loss = report.stage_recall
