@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field as Bound
 from pydantic import TypeAdapter
+from ray.data import DataContext
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -132,6 +133,7 @@ def _train(
     progress: Callable[[Report], None] | None,
     notices: list[str],
 ) -> None:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the end of a run, or of a worker, is noticed by polling
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")  # importing torchrec on a busy small host takes a minute
     if not ray.is_initialized():
         ray.init()
@@ -154,6 +156,9 @@ def _train(
         ),
         run_config=RunConfig(name=name, storage_path=storage, failure_config=FailureConfig(max_failures=training.max_failures)),
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DataContext.get_current()  # made once per process, and it warns of Ray Data's own settings
     listener = _Listener(hub, progress, notices)
     try:
         trainer.fit()
