@@ -141,6 +141,8 @@ def _set_environment(env: Mapping[str, str]) -> None:
     # cluster's ports runs code on it; Ray writes one to ~/.ray/auth_token where there is none.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs workers at nice 15: beside anything else that computes, training and serving would hardly get a turn.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray would override CUDA_VISIBLE_DEVICES with "" in zero-GPU actors; we ask for GPUs explicitly where we want them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
