@@ -50,7 +50,14 @@ def run(name: str, seed: int, settings: list[str], scratch: Path) -> dict[str, d
         trained, fitted = train_locally(opened, model, training)
         out = folder / "models" / name
         save_model(out, trained.state_dict(), describe(model, opened, fitted))
-        logging.info("%s: %.0f s, best epoch %d of %d, %s", name, time.perf_counter() - start, fitted.best_epoch + 1, len(fitted.epochs), fitted.metrics)
+        logging.info(
+            "%s: %.0f s, best epoch %d of %d, %s",
+            name,
+            time.perf_counter() - start,
+            fitted.best_epoch + 1,
+            len(fitted.epochs),
+            fitted.metrics,
+        )
         return out
 
     prepared = prepare(config)
@@ -72,7 +79,9 @@ def mean_of_seeds(name: str, seeds: int, settings: list[str], scratch: Path) -> 
     """Model -> metric -> [mean, standard deviation] over seeds."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in range(1, seeds + 1):
-        for model, metrics in run(name, seed, settings, scratch).items():
+        found = run(name, seed, settings, scratch)
+        logging.info("%s, seed %d: %s", name, seed, {m: {k: round(v, 4) for k, v in of.items()} for m, of in found.items()})
+        for model, metrics in found.items():
             for metric, value in metrics.items():
                 values[model][metric].append(value)
     return {m: {k: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0] for k, v in of.items()} for m, of in values.items()}
