@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -33,7 +34,7 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
     """
     serving = config.serve
     check_port(serving)
-    terminated = signal.signal(signal.SIGTERM, _interrupt)  # `kill` ends it as cleanly as Ctrl-C
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     already = bool(os.environ.get("RAY_ADDRESS"))
     say("starting Ray")
     start_ray(num_cpus=cpus_for(config), env=serving_environment(serving))
@@ -42,6 +43,10 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
 
     from deployments.app import application
 
+    # `kill` ends it as cleanly as Ctrl-C (Ray's own handler would abort), and a shell that starts it in the background has told
+    # it to ignore Ctrl-C.
+    for number in before:
+        signal.signal(number, _interrupt)
     try:
         serve.start(http_options={"host": serving.host, "port": serving.port}, logging_config={"log_level": "WARNING"})
         say("starting the service")
@@ -54,14 +59,16 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
         yield url
     finally:
         say("stopping")
-        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave half of it running
-        if already:
-            serve.delete(APPLICATION)
-        else:
-            serve.shutdown()
-        ray.shutdown()
-        signal.signal(signal.SIGINT, interrupted)
-        signal.signal(signal.SIGTERM, terminated)
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave half of it running
+        with contextlib.redirect_stderr(io.StringIO()):  # Ray tells of its controller's end, which we asked for, as of a failure
+            if already:
+                serve.delete(APPLICATION)
+            else:
+                serve.shutdown()
+            ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def until_interrupted() -> None:
