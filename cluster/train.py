@@ -290,6 +290,6 @@ def _export(
     checkpoints.load(best, state)
     kept = progress.epochs[progress.best_epoch]
     fitted = Fitted(progress.epochs, progress.best_epoch, {k: v for k, v in kept.items() if k != "epoch"})
-    out = Path(folder if checkpoints.local else tempfile.mkdtemp(prefix="rayfunnel-model-")) / "model"
+    out = (Path(checkpoints.root).parent if checkpoints.local else Path(tempfile.mkdtemp(prefix="rayfunnel-model-"))) / "model"
     save_model(out, state, describe(config, examples, fitted))
     return TrainedModel(out, fitted.epochs, fitted.best_epoch, fitted.metrics, notices)

@@ -20,6 +20,8 @@ from recsys.workers import Workers
 
 ROWS = 8192
 """Rows per forward call."""
+SCORES = 1 << 24
+"""Scores of users against all items held at a time (64 MB)."""
 
 Forward = Callable[[Batch], Any]
 
@@ -60,13 +62,15 @@ def _two_tower(forward: Forward, model: Any, examples: Examples, workers: Worker
     history = next(
         (f for f in model.user_fields if f.shape == "sequence" and "item_id" in examples.items and f.table == _table(examples)), None
     )
+    id_rows = torch.from_numpy(np.array(examples.items["item_id"], np.int64)) if history is not None else torch.empty(0, dtype=torch.int64)
+    step = max(1, SCORES // max(len(items), 1))
     ranks = []
     for batch in examples.valid_batches(ROWS, rank=workers.rank, size=workers.size):
-        users = forward(batch).user.cpu()
-        seen = batch.ids[history.name] if history is not None else None
-        for at in range(0, len(users), 256):
-            part = slice(at, at + 256)
-            ranks.append(_ranks(users[part], items, batch.columns["item"][part].long(), None if seen is None else seen[part], examples))
+        users, target = forward(batch).user.cpu(), batch.columns["item"].long()
+        for at in range(0, len(users), step):
+            part = slice(at, at + step)
+            seen = None if history is None else _seen(batch.ids[history.name][part].long(), id_rows)
+            ranks.append(_ranks(users[part], items, target[part], seen))
     rank = _gathered(ranks, workers, examples.rows["valid"])
     inside = rank < 10
     return {"ndcg@10": float(np.mean(inside / np.log2(rank + 2.0))), "recall@10": float(inside.mean())}
@@ -76,17 +80,21 @@ def _table(examples: Examples) -> str:
     return next((f.table for f in examples.fields if f.name == "item_id"), "")
 
 
-def _ranks(users: Tensor, items: Tensor, target: Tensor, seen: Tensor | None, examples: Examples) -> Tensor:
-    """(b, d) users -> (b,) 0-based rank of each target; a tie counts as lost to half of the tied."""
+def _seen(history: Tensor, id_rows: Tensor) -> Tensor:
+    """(b, L) table rows of histories and (n_items,) table row of each item -> (b, n_items) whether a history holds the item."""
+    had = torch.zeros(len(history), int(max(id_rows.max(), history.max())) + 1, dtype=torch.bool)
+    had.scatter_(1, history, True)
+    had[:, 0] = False  # padding
+    return had[:, id_rows]
+
+
+def _ranks(users: Tensor, items: Tensor, target: Tensor, seen: Tensor | None) -> Tensor:
+    """(b, d) users -> (b,) 0-based rank of each target among the items not seen; a tie counts as lost to half of the tied."""
     scores = users @ items.T  # (b, n_items)
     rows = torch.arange(len(users))
     own = scores[rows, target][:, None]
     if seen is not None:
-        id_rows = torch.from_numpy(np.asarray(examples.items["item_id"], np.int64))  # (n_items,)
-        had = torch.zeros(len(users), int(max(id_rows.max(), seen.max())) + 1, dtype=torch.bool)
-        had.scatter_(1, seen.long(), True)
-        had[:, 0] = False
-        scores = scores.masked_fill(had[:, id_rows], -torch.inf)
+        scores.masked_fill_(seen, -torch.inf)
     scores[rows, target] = -torch.inf
     return (scores > own).sum(1) + (scores == own).sum(1) // 2
 

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,30 @@ def test_an_error_of_the_reading_thread_is_raised_where_batches_are_used():
     assert next(taken) == 1
     with pytest.raises(TrainingError, match="disk gone"):
         next(taken)
+
+
+class Planted(torch.nn.Module):
+    """A two-tower whose vectors are given: item i is (i, 0), every user (1, 0), so larger rows rank higher."""
+
+    task = "two_tower"
+    user_fields = toy.QUERY_FIELDS
+
+    def forward(self, batch: Batch) -> Any:
+        item = batch.ids["item_id"].float()[:, None] - 2
+        vectors = torch.cat([item, torch.zeros_like(item)], 1)
+        return SimpleNamespace(user=torch.tensor([[1.0, 0.0]]).expand(len(batch), 2), item=vectors)
+
+
+def test_ndcg_by_hand_ranks_the_whole_catalogue_without_the_history(tmp_path: Path):
+    examples = Examples(toy.write(tmp_path, "two_tower", valid=7))
+    batch = next(iter(examples.valid_batches(7)))
+    expected = []
+    for target, history in zip(batch.columns["item"].tolist(), batch.ids["history"].tolist(), strict=True):
+        above = set(range(target + 1, toy.ITEMS)) - {h - 2 for h in history if h}
+        expected.append(1 / np.log2(len(above) + 2) if len(above) < 10 else 0.0)
+    found = validate(Planted(), Planted(), examples, Alone())
+    assert found["ndcg@10"] == pytest.approx(np.mean(expected))
+    assert found["recall@10"] == pytest.approx(np.mean([e > 0 for e in expected]))
 
 
 # ---- fitting --------------------------------------------------------------------------------------------------------------
