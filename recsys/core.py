@@ -227,7 +227,8 @@ class Candidates:
     items (B, N) int32; scores (B, N) float32; channel_scores (B, N, C) float32, NaN where channel c did not recall the
     item; channel_ranks (B, N, C) int16, 1 for that channel's first, 0 where it did not recall the item.
     `trail` holds, per stage passed, the (B, N) ranks (int16, 1 is first) and scores of the items still here; it is kept
-    only for queries that ask to be explained. `stage` names the stage whose order this is; `lost` the channels that failed.
+    only for queries that ask to be explained. `stage` names the stage whose order this is; `lost` the channels that failed;
+    `merged` (B, N) float32 keeps the scores of the merged recall (None: nothing recalled these items).
     """
 
     items: np.ndarray
@@ -238,6 +239,7 @@ class Candidates:
     trail: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     stage: str = "recall"
     lost: tuple[str, ...] = ()
+    merged: np.ndarray | None = None
 
     NO_SCORE: ClassVar[np.float32] = np.float32(-np.inf)
 
@@ -286,6 +288,7 @@ class Candidates:
             channel_ranks=self.channel_ranks[rows, order],
             trail={k: (r[rows, order], s[rows, order]) for k, (r, s) in self.trail.items()},
             stage=stage or self.stage,
+            merged=None if self.merged is None else self.merged[rows, order],
         )
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Self:
@@ -298,6 +301,7 @@ class Candidates:
             channel_scores=self.channel_scores[at],
             channel_ranks=self.channel_ranks[at],
             trail={k: (r[at], s[at]) for k, (r, s) in self.trail.items()},
+            merged=None if self.merged is None else self.merged[at],
         )
 
     def sources(self, b: int, n: int) -> list[str]:

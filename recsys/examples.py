@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from recsys.config import ExamplesConfig
 from recsys.core import UNKNOWN, Queries, top_k
 from recsys.data.interactions import Interactions
-from recsys.evidence import EVIDENCE, evidence
+from recsys.evidence import EVIDENCE, evidence, unvouched
 from recsys.features.schema import Field
 from recsys.funnel import Funnel
 from recsys.moments import Moments
@@ -94,7 +94,7 @@ def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, 
     hit = (candidates.items == target) & (candidates.items != UNKNOWN)  # (B, N)
     found, slot = hit.any(1), hit.argmax(1)
     rows = np.arange(len(at))
-    first_says = np.where(found[:, None], says[rows, slot], _unvouched(says.shape[2]))[:, None, :]
+    first_says = np.where(found[:, None], says[rows, slot], unvouched(says.shape[2]))[:, None, :]
     # Shown and passed over is a lesson even when recall would not have found it; a positive is one only if it was found.
     keep_first = np.where(positive, found, log.impressions and draw.config.exposed)
     first = np.where(keep_first[:, None], target, UNKNOWN)
@@ -103,20 +103,12 @@ def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, 
     at_slot = np.maximum(chosen, 0)
     drawn = np.where(chosen == UNKNOWN, UNKNOWN, np.take_along_axis(candidates.items, at_slot, 1))
     blind = _blind_negatives(queries, target, positive & found, draw)
-    blind_says = np.broadcast_to(_unvouched(says.shape[2]), (*blind.shape, says.shape[2]))
+    blind_says = np.broadcast_to(unvouched(says.shape[2]), (*blind.shape, says.shape[2]))
     items = np.concatenate([first, drawn, blind], axis=1).astype(np.int32)
     all_says = np.concatenate([first_says, says[rows[:, None], at_slot], blind_says], axis=1)
     labels = np.zeros(items.shape, np.float32)
     labels[:, 0] = positive
     return items, all_says.astype(np.float32), labels
-
-
-def _unvouched(width: int) -> np.ndarray:
-    """The evidence of an item that no channel recalled: nothing found, no score, the deepest rank."""
-    says = np.zeros(width, np.float32)
-    channels = (width - 1) // 3
-    says[2 * channels : 3 * channels] = 1.0
-    return says
 
 
 def _blind_negatives(queries: Queries, target: np.ndarray, wanted: np.ndarray, draw: _Draw) -> np.ndarray:

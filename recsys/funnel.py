@@ -162,7 +162,7 @@ class Funnel:
                 found[name] = (np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.float32))
                 lost.append(name)
         out = merge(tuple(found), list(found.values()), merging, n_queries=len(queries))
-        out.lost = tuple(lost)
+        out.lost, out.merged = tuple(lost), out.scores
         if queries.explain:
             out.noted()
         return out

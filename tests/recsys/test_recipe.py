@@ -150,8 +150,9 @@ def test_evidence_of_an_item_nobody_recalled_is_empty_and_deepest():
         np.array([[[2.0, np.nan], [np.nan, np.nan]]], np.float32),
         np.array([[[1, 0], [0, 0]]], np.int16),
         stage="coarse_rank",
+        merged=np.array([[3.0, -np.inf]], np.float32),
     )
     says = evidence(given)[0]
-    # found a, b; score against the channel's best a, b; depth a = log 2 / log 1001, b deepest; coarse score
-    np.testing.assert_allclose(says[0], [1, 0, 1, 0, np.log(2) / np.log(1001), 1, 0.5], atol=1e-6)
-    np.testing.assert_allclose(says[1], [0, 0, 0, 0, 1, 1, 0], atol=1e-6)
+    # found a, b; score against the channel's best a, b; depth a = log 2 / log 1001, b deepest; merge against its best; coarse score
+    np.testing.assert_allclose(says[0], [1, 0, 1, 0, np.log(2) / np.log(1001), 1, 1, 0.5], atol=1e-6)
+    np.testing.assert_allclose(says[1], [0, 0, 0, 0, 1, 1, 0, 0], atol=1e-6)
