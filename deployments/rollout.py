@@ -127,7 +127,8 @@ class Rollout:
         try:
             funnel = self._load(self._registry.local_copy(version))
         except Exception as error:
-            self.refused[version] = str(error) or type(error).__name__
+            told = isinstance(error, RayfunnelError)
+            self.refused[version] = str(error) if told else f"{version} cannot be loaded by this code ({type(error).__name__}: {error})"
             log.exception("Version %s is refused; %s keeps serving.", version, self.current or "nothing")
             return False
         self._held = {**self._held, version: funnel}

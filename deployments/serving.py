@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -124,7 +125,13 @@ def cpus_for(config: Config) -> int:
 
 
 def _why(error: RuntimeError) -> str:
-    """The sentence of the error that a replica raised, out of Serve's long message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "Error:" in line]
-    return told[-1].partition("Error: ")[2] or told[-1] if told else (lines[0] if lines else "See the replicas' log under /tmp/ray.")
+    """The sentence of the error that a replica raised: Serve keeps the whole traceback as the status of its deployment."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    told = [status.message for status in application.deployments.values()] if application is not None else []
+    for text in [*told, str(error)]:
+        found = re.findall(r"^(?:recsys|ray|redis)[\w.]*Error: (.+)$", text, re.MULTILINE)
+        if found:
+            return str(found[-1])
+    return f"{error} The replicas' log under /tmp/ray/session_latest/logs/serve says why."
