@@ -106,8 +106,10 @@ class Gateway:
         return Edge(self._service)
 
     async def check_health(self) -> None:
-        """Called by Serve. Raises where the registry is no longer watched."""
-        self._loop = asyncio.get_running_loop()
+        """Called by Serve, first before the replica takes requests. Raises where the registry is no longer watched."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            await self._service.warm()
         if not self._rollout.alive:
             raise RuntimeError("The rollout watcher has ended.")
 

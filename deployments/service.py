@@ -21,7 +21,7 @@ from deployments.resilience import Deadline, Degraded, called_twice, reason_of
 from deployments.rollout import Rollout
 from deployments.schemas import EXCLUDE, RANK, RECOMMEND, RankBody, RecommendBody, check_id, check_ids, check_k, event_of, parsed, unix_now
 from recsys.core import Candidates, Queries
-from recsys.errors import RequestError, VersionAbsentError
+from recsys.errors import RequestError, StoreError, VersionAbsentError
 from recsys.features.store import FeatureStore, NewEvent, UserState
 from recsys.funnel import Funnel, FunnelRequest, PageItem
 from recsys.serve_config import ServeConfig
@@ -262,6 +262,13 @@ class Service:
         check_id("user_id", body.user_id, self.config.limits)
         if body.request_id is not None:
             check_id("request_id", body.request_id, self.config.limits)
+
+    async def warm(self) -> None:
+        """Connect to the store, so that the first request does not wait for it beyond its time-out."""
+        try:
+            await self.store.read([""], timeout_s=5.0)
+        except StoreError as error:
+            log.warning("The feature store is not there yet; recommendations go on without live events. %s", error)
 
     async def close(self) -> None:
         """Finish what is under way."""

@@ -44,6 +44,8 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
 
     from deployments.app import application
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
     # `kill` ends it as cleanly as Ctrl-C (Ray's own handler would abort), and a shell that starts it in the background has told
     # it to ignore Ctrl-C.
     for number in before:
@@ -62,7 +64,7 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
         say("stopping")
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave half of it running
-        with contextlib.redirect_stderr(io.StringIO()):  # Ray tells of its controller's end, which we asked for, as of a failure
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray tells of its controller's end, which we asked for, as of a failure
             if already:
                 serve.delete(APPLICATION)
             else:
