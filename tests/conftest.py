@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import warnings
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,16 +49,11 @@ def ray_cluster() -> Iterator[str]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Serve's own modules still speak pydantic's old dialect when they are first imported
-        import ray.serve  # noqa: F401
-    start_ray(num_cpus=8, env=ENVIRONMENT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Serve's own use of what pydantic has deprecated
+        import ray
         from ray import serve
-
+    start_ray(num_cpus=8, env=ENVIRONMENT)
     serve.start(http_options={"host": "127.0.0.1", "port": HTTP_PORT})
     yield f"http://127.0.0.1:{HTTP_PORT}"
-    import ray
-
     serve.shutdown()
     ray.shutdown()
 
