@@ -72,7 +72,7 @@ class Rollout:
                 self.current = version
                 break
         else:
-            why = "; ".join(self.refused.values()) or "the registry has no production version"
+            why = "; ".join(self.refused.values()) or f"the registry '{self._registry.root}' has no production version"
             raise BundleError(f"There is nothing to serve: {why}. Train and promote a version first: rayfunnel train, rayfunnel promote.")
         self._watcher = threading.Thread(target=self._watch, name="rollout", daemon=True)
         self._watcher.start()

@@ -112,6 +112,8 @@ class StandIn:
 class StandInRegistry:
     """Versions by name: a funnel, or an error that its loading raises."""
 
+    root = "here"
+
     def __init__(self, **versions: StandIn | Exception) -> None:
         self.held: dict[str, StandIn | Exception] = dict(versions)
         self.named: dict[str, str] = {}

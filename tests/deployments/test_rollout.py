@@ -77,7 +77,9 @@ def test_a_start_on_a_broken_version_serves_the_previous_one() -> None:
     assert rollout.refused == {V2: "broken"}
 
 
-@pytest.mark.parametrize(("named", "text"), [({}, "the registry has no production version"), ({"production": V4}, "broken beyond use")])
+@pytest.mark.parametrize(
+    ("named", "text"), [({}, "the registry 'here' has no production version"), ({"production": V4}, "broken beyond use")]
+)
 def test_a_start_on_nothing_says_what_to_do(named: dict[str, str], text: str) -> None:
     held = registry()
     held.held[V4] = BundleError("broken beyond use")
