@@ -190,9 +190,13 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/readyz", summary="A version is loaded and can answer")
-    async def readyz() -> dict[str, str]:
-        return {"status": "ready", "version": service.rollout.funnel().version}
+    @api.get("/readyz", responses={503: {"model": FaultAnswer}}, summary="A version is loaded, and every stage holds it")
+    async def readyz(request: Request) -> Response:
+        async def handler(*_: object) -> Reply:
+            return Reply(200, orjson.dumps({"status": "ready", "version": await service.check_ready()}))
+
+        request_id = _request_id(request.scope)
+        return _response(await answered(handler, b"", request_id), request_id)
 
     @api.get("/v1/version", summary="What is served, what is held, what was refused and why")
     async def version() -> dict[str, Any]:

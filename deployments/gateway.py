@@ -69,9 +69,12 @@ class Handles:
     async def why_not(self, version: str) -> str | None:
         """Why the stages cannot serve a version yet; None where every replica of each holds it."""
         for name, handle in self._handles.items():
-            for said in await handle.broadcast("holds", version).results_async(timeout_s=READY_S, return_exceptions=True):
-                if said:
-                    return f"{name}: {said}"
+            said = await handle.broadcast("holds", version).results_async(timeout_s=READY_S, return_exceptions=True)
+            stood_in_for = name == "recall" and STAND_IN in self._handles
+            if not said and not stood_in_for:
+                return f"{name}: no replica yet"
+            if fault := next(filter(None, said), None):
+                return f"{name}: {fault}"
         return None
 
 
@@ -100,6 +103,7 @@ class Gateway:
             rank_elsewhere=self._handles.rank if "fine_rank" in handles else None,
             similar_elsewhere=self._handles.similar if "recall" in handles else None,
             monitor=ServeMonitor(),
+            why_not=self._handles.why_not if handles else None,
         )
 
     def __serve_build_asgi_app__(self) -> Edge:

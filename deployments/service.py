@@ -59,10 +59,11 @@ class Service:
         rank_elsewhere: RankCall | None = None,
         similar_elsewhere: SimilarCall | None = None,
         monitor: Monitor | None = None,
+        why_not: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> None:
         self.config, self.rollout, self.store = config, rollout, store
         self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
-        self._monitor = monitor or Monitor()
+        self._monitor, self._why_not = monitor or Monitor(), why_not
         at_once = AT_ONCE[not elsewhere]
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="funnel")
         self._ladder = Ladder(
@@ -247,6 +248,14 @@ class Service:
             "topology": self.config.topology.model_dump(),
             "data_plane": self.config.data_plane,
         }
+
+    async def check_ready(self) -> str:
+        """The version that answers, once every stage elsewhere has held it. Raises RequestError (503) until then."""
+        funnel = self.rollout.funnel()
+        if self._why_not is not None and (why := await self._why_not(funnel.version)) is not None:
+            raise RequestError("starting", f"The service is starting: {why}.", status=503)
+        self._why_not = None  # a stage that is lost later is the ladder's business: pages go on
+        return funnel.version
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
         """Run blocking work beside the event loop."""

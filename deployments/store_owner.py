@@ -38,10 +38,11 @@ def url_of(config: Config) -> str:
         return config.redis_url
     folder = Path(config.place("store"))
     deadline = time.monotonic() + START_S
-    while not (folder / "server.json").exists():
+    server = EmbeddedValkey(folder)
+    while not server.check():
         if time.monotonic() > deadline:
             raise StoreError(
                 f"The embedded feature store in '{folder}' has not started within {START_S:.0f} s. The log of deployment 'store' says why."
             )
         time.sleep(0.05)
-    return EmbeddedValkey(folder).url
+    return server.url

@@ -356,6 +356,25 @@ class TestTheRest:
         assert (version["version"], version["aliases"], version["refused"]) == (V1, {"production": V1}, {})
         assert version["topology"]["recall"] == "gateway"
 
+    def test_it_is_ready_once_the_stages_elsewhere_hold_the_version(self) -> None:
+        answers: list[str | None] = ["fine_rank: still loading", None]
+
+        async def why_not(version: str) -> str | None:
+            return answers.pop(0)
+
+        async def run() -> list[Heard]:
+            registry = StandInRegistry(**{V1: StandIn(V1)})
+            registry.named = {"production": V1}
+            rollout = Rollout(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
+            rollout.start()
+            rollout.stop()
+            edge = Edge(Service(ServeConfig(), rollout, MemoryStore(), why_not=why_not))
+            return [await speak(edge, "GET", "/readyz") for _ in range(3)]
+
+        first, second, third = asyncio.run(run())
+        assert (first.status, first.json["error"]["message"]) == (503, "The service is starting: fine_rank: still loading.")
+        assert (second.status, third.status) == (200, 200)
+
     def test_unknown_paths_and_methods_have_the_same_shape_of_error(self) -> None:
         for method, path, status, code in (("GET", "/nothing", 404, "not_found"), ("GET", "/v1/recommend", 405, "method_not_allowed")):
             heard = once(method, path)
