@@ -71,7 +71,9 @@ def serving_environment(serve: ServeConfig) -> dict[str, str]:
             # A log line a request, parsed in Python: a tenth of what serving costs. The gateway's own metrics tell the same.
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             # A replica that dies with a request in flight: try another. Safe, because every endpoint is idempotent.
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            # It can only repeat what it holds: many clients send headers and body apart, so it must wait for both before it
+            # passes a request on. Ray has no switch for that; this value ends a line of HAProxy's `defaults` section.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\n    option http-buffer-request",
         }
     return env
 
