@@ -46,22 +46,27 @@ class Commands(TyperGroup):
     """Turns every error that is written for a person into one red sentence on stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; RAYFUNNEL_DEBUG (or --debug) lets the traceback through."""
+        """Run the command; --debug (or RAYFUNNEL_DEBUG=1) lets the traceback through."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             err.print("Stopped.")
             raise typer.Exit(130) from None
         except RayfunnelError as error:
-            if os.environ.get(DEBUG):
+            if debugging(ctx):
                 raise
             say(error)
             raise typer.Exit(2) from None
         except OSError as error:
-            if os.environ.get(DEBUG) or error.filename is None:
+            if debugging(ctx) or error.filename is None:
                 raise
             say(RayfunnelError(f"'{error.filename}' cannot be used: {error.strerror}. Check that it exists and who may read or write it."))
             raise typer.Exit(2) from None
+
+
+def debugging(ctx: typer.Context) -> bool:
+    """Whether the user asked for tracebacks."""
+    return bool(ctx.meta.get(DEBUG) or os.environ.get(DEBUG))
 
 
 app = typer.Typer(
@@ -75,6 +80,7 @@ app.add_typer(config_app, name="config", rich_help_panel=CONFIG)
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error instead of its sentence.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings only; no log of choices made.")] = False,
 ) -> None:
@@ -90,7 +96,7 @@ def root(
     Every key of a configuration is explained in configs/base.yaml.
     """
     if debug:
-        os.environ[DEBUG] = "1"
+        ctx.meta[DEBUG] = True
     _log_to_terminal(logging.WARNING if quiet else logging.INFO)
 
 

@@ -74,9 +74,8 @@ class ShardedFieldEmbeddings(nn.Module):
         self.direct = self.bag_fields == self.pooled_fields == self.fields and all(f.shape == "one" for f in self.fields)
         self._ones: Tensor = torch.empty(0, dtype=torch.int32)
 
-    def forward(self, ids: Mapping[str, Tensor]) -> Embedded:
+    def forward(self, ids: Mapping[str, Tensor], B: int) -> Embedded:
         """As FieldEmbeddings.forward; a collective call where tables are sharded."""
-        B = len(next(iter(ids.values())))
         widths = {f.name: self.all_tables[f.table].width for f in self.pooled_fields}
         if self.direct and isinstance(ids, FieldIds) and ids.stacked is not None and self.bags is not None:
             names = tuple(f.name for f in self.fields)
@@ -90,9 +89,10 @@ class ShardedFieldEmbeddings(nn.Module):
         if self.sequences is not None:
             self._attended(ids, B, pooled, sequence, mask)
         if self.replicated is not None:
-            copied = self.replicated(ids)
+            copied = self.replicated(ids, B)
             pooled, sequence, mask = pooled | copied.pooled, sequence | copied.sequence, mask | copied.mask
-        return Embedded(torch.cat([pooled[n] for n in widths], dim=1), widths, sequence, mask)
+        values = torch.cat([pooled[n] for n in widths], dim=1) if widths else torch.zeros(B, 0)
+        return Embedded(values, widths, sequence, mask)
 
     def _stacked(self, names: tuple[str, ...], block: Tensor) -> KeyedJaggedTensor:
         if len(self._ones) != block.numel():

@@ -192,7 +192,7 @@ class RankerEngine:
         looked_up = [f for f in fields if f.shape != "dense"]
         if not looked_up:
             return [], []
-        embedded = model.embeddings(batch.ids)
+        embedded = model.embeddings(batch.ids, len(batch))
         inputs, square = [], torch.zeros(len(out))
         for f in looked_up:
             rows = model.field_rows(embedded, f)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from cluster.registry import Registry
 from cluster.runtime import serving_environment
@@ -37,6 +38,12 @@ ENVIRONMENT = serving_environment(ServeConfig(port=HTTP_PORT)) | {
 }
 os.environ.update(ENVIRONMENT)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+# The gate says the same of the same commit every time. To look further: HYPOTHESIS_PROFILE=explore.
+settings.register_profile("gate", derandomize=True)
+settings.register_profile("explore", max_examples=1_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 
 @pytest.fixture(scope="session")

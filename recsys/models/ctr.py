@@ -105,7 +105,7 @@ class LogisticRegression(CTRModel):
 
     def forward(self, batch: Batch) -> Scores:
         """(B,) logits."""
-        embedded = self.embeddings(batch.ids)
+        embedded = self.embeddings(batch.ids, len(batch))
         return Scores(self.rows(embedded) @ self.mask + self.dense_logit(batch.dense), embedded)
 
 
@@ -148,7 +148,7 @@ class DeepFM(CTRModel):
 
     def forward(self, batch: Batch) -> Scores:
         """(B,) logits."""
-        embedded = self.embeddings(batch.ids)
+        embedded = self.embeddings(batch.ids, len(batch))
         rows = self.rows(embedded)
         if self.uniform:
             inputs, wide = _Interact.apply(rows, batch.dense, self.config.dim, self.widths[0])

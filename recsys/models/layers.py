@@ -114,15 +114,14 @@ class FieldEmbeddings(nn.Module):
     def _rows(self, table: str, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids.long(), self.tables[table], sparse=self.sparse)
 
-    def forward(self, ids: Mapping[str, Tensor]) -> Embedded:
-        """Look every field of `ids` up. Raises IndexError for an id outside its table."""
-        any_ids = next(iter(ids.values()))
+    def forward(self, ids: Mapping[str, Tensor], B: int) -> Embedded:
+        """Look every field of `ids`, of B rows each, up. Raises IndexError for an id outside its table."""
         columns, sequence, mask = [], {}, {}
         for f in self.fields:
             width = self.width[f.table]
             if f.name not in ids:
                 if f.combiner != "none":
-                    columns.append(torch.zeros(len(any_ids), width, device=any_ids.device))
+                    columns.append(self.tables[f.table].new_zeros(B, width))
                 continue
             given = ids[f.name]
             rows = self._rows(f.table, given)
@@ -136,12 +135,12 @@ class FieldEmbeddings(nn.Module):
             else:
                 total = rows.sum(1)
                 columns.append(total / real.sum(1, keepdim=True).clamp_min(1) if f.combiner == "mean" else total)
-        values = torch.cat(columns, dim=1) if columns else torch.zeros(len(any_ids), 0)
+        values = torch.cat(columns, dim=1) if columns else torch.zeros(B, 0)
         return Embedded(values, {f.name: self.width[f.table] for f in self.pooled_fields}, sequence, mask)
 
 
 EmbeddingFactory = Callable[[Sequence[Field], Sequence[Table], float, int], nn.Module]
-"""(fields, tables, std, seed) -> a module with FieldEmbeddings' `forward`."""
+"""(fields, tables, std, seed) -> a module with FieldEmbeddings' `forward`: (ids, rows of the batch) -> Embedded."""
 
 
 def plain_tables(fields: Sequence[Field], tables: Sequence[Table], std: float, seed: int) -> nn.Module:

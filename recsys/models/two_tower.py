@@ -115,7 +115,7 @@ class TwoTower(nn.Module):
 
     def forward(self, batch: Batch) -> Vectors:
         """User vectors of the batch's rows and item vectors of its rows and drawn negatives."""
-        embedded = self.embeddings(batch.ids)
+        embedded = self.embeddings(batch.ids, len(batch))
         people = slice(0, len(batch) - batch.negatives)
         return Vectors(self.user_tower(embedded, batch.dense, people), self.item_tower(embedded, batch.dense, slice(None)), embedded)
 
@@ -154,7 +154,7 @@ class TwoTower(nn.Module):
 
     def _side(self, tower: Tower, fields: Sequence[Field], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         batch = side_batch(self.fields, fields, arrays)
-        vectors: np.ndarray = tower(self.embeddings(batch.ids), batch.dense, slice(None)).numpy()
+        vectors: np.ndarray = tower(self.embeddings(batch.ids, len(batch)), batch.dense, slice(None)).numpy()
         return vectors
 
     @classmethod

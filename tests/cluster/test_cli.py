@@ -140,6 +140,7 @@ def test_debug_shows_the_traceback(config: Path, pipeline: dict[str, Any]) -> No
     pipeline["module"].train = pipeline["module"].fails("train", TrainingError("The loss is NaN."))
     result = run("--debug", "train", "-c", config)
     assert isinstance(result.exception, TrainingError)
+    assert run("train", "-c", config).exit_code == 2  # the next command of the same process does not inherit it
 
 
 def test_a_bug_is_not_dressed_up(config: Path, pipeline: dict[str, Any]) -> None:

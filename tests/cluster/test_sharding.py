@@ -24,6 +24,7 @@ MODELS: dict[str, tuple[Any, str]] = {
     "deepfm": (DeepFMConfig(dim=8, hidden=(8,), l2=1e-3, init_std=0.1), "ranker"),
     "attended": (DeepFMConfig(dim=8, hidden=(8,), init_std=0.1), "attended"),
     "lr": (LogisticRegressionConfig(), "ranker"),
+    "numbers": (DeepFMConfig(dim=8, hidden=(8,)), "numbers"),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{m}-{k}": (m, {"sharding": k}) for m in ("two_tower", "deepfm", "attended") for k in KINDS
@@ -34,6 +35,7 @@ CASES |= {
     "deepfm-sgd": ("deepfm", {"sharding": "table_wise", "embedding_optimizer": "sgd"}),
     "deepfm-adam": ("deepfm", {"sharding": "table_wise", "optimizer": "adam", "embedding_learning_rate": 0.1}),
     "lr-row_wise": ("lr", {"sharding": "row_wise"}),
+    "numbers-planner": ("numbers", {"sharding": "planner"}),
 }
 
 
@@ -45,6 +47,10 @@ def examples_in(folder: Path) -> None:
     for f in schema["fields"]:
         f["combiner"] = "none" if f["name"] == "history" else f["combiner"]
     (folder / "attended" / "schema.json").write_text(json.dumps(schema))
+    toy.write(folder / "numbers", "ranker", train=512, valid=101)
+    schema = json.loads((folder / "numbers" / "schema.json").read_text())
+    schema["fields"] = [f for f in schema["fields"] if f["shape"] == "dense"]
+    (folder / "numbers" / "schema.json").write_text(json.dumps(schema))
 
 
 def sharded(folder: Path, case: str, *, snapshots: Any = None, **change: Any) -> dict[str, Any]:

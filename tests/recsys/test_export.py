@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recsys.batches import Batch, Examples
@@ -60,6 +60,7 @@ def plain(model: Any, fields: tuple[Field, ...], queries: Any, items: np.ndarray
     N=st.integers(1, 9),
     left_out=st.sets(st.sampled_from([f.name for f in toy.RANKER_FIELDS])),
 )
+@example(seed=0, B=1, N=1, left_out={f.name for f in toy.RANKER_FIELDS if f.shape != "dense"})  # numbers alone, no table at all
 @settings(max_examples=15, deadline=None)
 def test_the_engine_is_the_forward_for_any_set_of_fields(config: Any, seed: int, B: int, N: int, left_out: set[str]):
     fields = tuple(f for f in toy.RANKER_FIELDS if f.name not in left_out) or toy.RANKER_FIELDS

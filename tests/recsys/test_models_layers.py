@@ -47,7 +47,7 @@ def test_pooling_by_hand_padding_is_skipped_and_an_empty_bag_is_zero():
         layer.tables["t"][:] = torch.arange(5.0)[:, None].expand(5, 4)
         layer.tables["t"][0] = 100.0
     bags = torch.tensor([[0, 2, 4], [0, 0, 0]])
-    out = layer({"one": torch.tensor([3, 0]), "mean": bags, "sum": bags, "each": bags})
+    out = layer({"one": torch.tensor([3, 0]), "mean": bags, "sum": bags, "each": bags}, 2)
     assert out.pooled["one"][:, 0].tolist() == [3.0, 100.0], "a missing `one` value is looked up: row 0 is learned"
     assert out.pooled["mean"][:, 0].tolist() == [3.0, 0.0]
     assert out.pooled["sum"][:, 0].tolist() == [6.0, 0.0]
@@ -58,7 +58,7 @@ def test_pooling_by_hand_padding_is_skipped_and_an_empty_bag_is_zero():
 def test_a_field_that_was_not_given_is_zero():
     fields = [field("a"), field("b")]
     layer = FieldEmbeddings(fields, tables_of(fields), std=1.0, seed=0)
-    out = layer({"b": torch.tensor([1, 2, 3])})
+    out = layer({"b": torch.tensor([1, 2, 3])}, 3)
     assert out.pooled["a"].tolist() == [[0.0] * 4] * 3
     assert out.values.shape == (3, 8)
 
