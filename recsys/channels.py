@@ -1,7 +1,8 @@
 """Fitting, saving and loading the configured recall channels together: some lean on another channel or on a model.
 
 To add a channel: one file under recall/ with its config (see ItemCF), its class in `recsys.config.ChannelConfig`, and a
-contract test. Only a channel that needs more than the log (vectors, another channel's neighbours) has a line here.
+contract test. A channel leaves out what a query must not see inside its search: `queries.bar(scores)` does it for dense
+(B, I) scores; links, vector indexes and `exact_search` take `queries.exclude` and `queries.allowed` as they are. Only a channel that needs more than the log (vectors, another channel's neighbours) has a line here.
 """
 
 from __future__ import annotations

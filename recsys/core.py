@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from recsys.allowed import Allowed, Filter
+
 UNKNOWN = -1
 """The row of an id that a vocabulary does not know, and of an empty slot."""
 
@@ -128,7 +130,7 @@ class Query:
     """One request, before it joins a batch. Rows are those of the bundle that will answer it.
 
     `items`, `times` and `events` are the user's history, oldest first; `times` are Unix seconds, NaN where the log
-    had none. `exclude` are item rows that must not come back (asked for, or already seen).
+    had none. `exclude` are item rows that must not come back (asked for, or already seen); `filter` says which may.
     """
 
     user_id: str
@@ -141,6 +143,7 @@ class Query:
     profile: Mapping[str, Any] = field(default_factory=dict)
     exclude: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     explain: bool = False
+    filter: Filter | None = None
 
 
 @dataclass(slots=True)
@@ -150,7 +153,9 @@ class Queries:
     user_ids B strings; users (B,); k (B,); at (B,) Unix seconds; history (B, L) item rows, newest LAST, padded on the
     left; history_times (B, L) Unix seconds (NaN: unknown or empty); exclude (B, E) padded on the right;
     contexts and profiles: B mappings of raw values (a profile overrides the bundle's user columns);
-    explain: whether any query asks for the stages' ranks and scores. `memo` keeps what stages of one process derive from
+    explain: whether any query asks for the stages' ranks and scores. filters: what each query may be answered with, None where
+    no query asks; `allowed` are the same as bitmaps over the items of one bundle, made where they are needed (`Funnel.recall`)
+    and, like `memo`, never sent anywhere. `memo` keeps what stages of one process derive from
     the batch (encoded features, user vectors) so that it is computed once; it never crosses a process boundary.
     """
 
@@ -164,13 +169,15 @@ class Queries:
     contexts: list[Mapping[str, Any]]
     profiles: list[Mapping[str, Any]]
     explain: bool = False
+    filters: tuple[Filter | None, ...] | None = None
+    allowed: Allowed | None = field(default=None, repr=False, compare=False)
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.user_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {f.name: {} if f.name == "memo" else getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"memo": {}, "allowed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -200,7 +207,15 @@ class Queries:
             contexts=[q.context for q in queries],
             profiles=[q.profile for q in queries],
             explain=any(q.explain for q in queries),
+            filters=tuple(q.filter for q in queries) if any(q.filter for q in queries) else None,
         )
+
+    def bar(self, scores: np.ndarray, value: float = -np.inf) -> None:
+        """Write `value` into (B, I) scores wherever an item is excluded or not allowed: all a channel of dense scores must do."""
+        row, slot = np.nonzero((self.exclude >= 0) & (self.exclude < scores.shape[1]))
+        scores[row, self.exclude[row, slot]] = value
+        if self.allowed is not None:
+            self.allowed.bar(scores, value)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Self:
         """The queries at these positions, in this order."""
@@ -216,6 +231,8 @@ class Queries:
             exclude=self.exclude[at],
             contexts=[self.contexts[i] for i in at],
             profiles=[self.profiles[i] for i in at],
+            filters=None if self.filters is None else tuple(self.filters[i] for i in at),
+            allowed=None if self.allowed is None else self.allowed[at],
             memo={},
         )
 
@@ -347,7 +364,8 @@ class Recaller(Protocol):
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """At most k items a query: ((B, k') int32 items, (B, k') float32 scores), best first, padded with -1 / -inf.
 
-        Never returns an item of `queries.exclude`. An unknown user or empty history gives an empty row, unless the
+        Never returns an item of `queries.exclude`, nor one that `queries.allowed` does not allow, and gives k where k others
+        have a score: both are left out inside the search. An unknown user or empty history gives an empty row, unless the
         channel has an answer without them (popular does). Equal inputs give equal answers in any batch.
         """
         ...

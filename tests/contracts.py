@@ -6,6 +6,7 @@ class TestItemCF(RecallerContract):
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recsys.allowed import Allowed, Mask
 from recsys.core import UNKNOWN, Candidates, Queries, Query, Ranker, Recaller, Reranker
 from recsys.data.interactions import Interactions
 from recsys.data.synthetic import checkerboard, named
@@ -129,6 +131,33 @@ class RecallerContract:
     def test_excluding_everything_leaves_nothing(self, log: Interactions, channel: Recaller) -> None:
         items, _ = channel.recall(queries_of([0, 2], exclude=[list(range(log.n_items))]), 5)
         assert (items == UNKNOWN).all()
+
+    def filtered(self, log: Interactions) -> Queries:
+        """The batch, its queries in turn without a filter, with one half of the items, with the other, with nothing allowed."""
+        queries, low = self.batch(log), np.arange(log.n_items) < log.n_items // 2
+        masks = (Mask(low), Mask(~low), Mask(np.zeros(log.n_items, bool)))
+        return replace(queries, allowed=Allowed(masks, np.arange(len(queries)) % 4 - 1), memo={})
+
+    def test_filtering_costs_no_places(self, log: Interactions, channel: Recaller) -> None:
+        every, _ = channel.recall(self.batch(log), log.n_items)
+        queries = self.filtered(log)
+        assert queries.allowed is not None
+        items, scores = channel.recall(queries, 3)
+        for b, (all_items, row) in enumerate(zip(every, items, strict=True)):
+            which = queries.allowed.of[b]
+            passes = queries.allowed.masks[which].items if which >= 0 else np.ones(log.n_items, bool)
+            assert row[row != UNKNOWN].tolist() == [i for i in all_items.tolist() if i != UNKNOWN and passes[i]][:3]
+        assert ((items == UNKNOWN) == np.isneginf(scores)).all()
+
+    def test_a_batch_of_many_filters_equals_batches_of_one(self, log: Interactions, channel: Recaller) -> None:
+        queries = self.filtered(log)
+        items, scores = channel.recall(queries, 4)
+        for b in range(len(queries)):
+            one_items, one_scores = channel.recall(queries.take([b]), 4)
+            width = one_items.shape[1]
+            np.testing.assert_array_equal(items[b, :width], one_items[0])
+            np.testing.assert_array_equal(scores[b, :width], one_scores[0])
+            assert (items[b, width:] == UNKNOWN).all()
 
     def test_an_unknown_user_without_events_gets_nothing_unless_the_channel_needs_none(self, log: Interactions, channel: Recaller) -> None:
         items, _ = channel.recall(queries_of([]), 3)

@@ -86,7 +86,7 @@ class EASE:
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items with the largest sums of weights."""
         weights = recency(queries, newest=self.config.newest, decay=self.config.decay)
-        return self.links.recall(queries.history, weights, queries.exclude, k)
+        return self.links.recall(queries.history, weights, queries.exclude, k, queries.allowed)
 
     def save(self, folder: Path) -> None:
         """Write `links/`."""

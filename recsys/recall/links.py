@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 from scipy import sparse
 
+from recsys.allowed import Allowed
 from recsys.core import UNKNOWN, Queries
 from recsys.recall.order import EMPTY, best_first, descending, scores_of
 
@@ -79,11 +80,13 @@ class ItemLinks:
         none = np.empty((len(items), 0), np.int32) if exclude is None else exclude
         return self.recall(items[:, None], np.ones((len(items), 1), np.float32), none, k)
 
-    def recall(self, history: np.ndarray, weights: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def recall(
+        self, history: np.ndarray, weights: np.ndarray, exclude: np.ndarray, k: int, allowed: Allowed | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k items with the largest sums of weights linked from each history.
 
-        history (B, L) item rows and their weights (B, L) (0: no trigger); exclude (B, E) rows that must not come back. -1 and
-        rows beyond the catalogue count as empty. Gives ((B, k') items, (B, k') float32 scores), best first, ties to the
+        history (B, L) item rows and their weights (B, L) (0: no trigger); exclude (B, E) rows that must not come back,
+        allowed (`queries.allowed`) those that may. -1 and rows beyond the catalogue count as empty. Gives ((B, k') items, (B, k') float32 scores), best first, ties to the
         smaller row, -1 / -inf at the end.
         """
         B, n = len(history), len(self)
@@ -99,7 +102,11 @@ class ItemLinks:
             stop = int(np.searchsorted(ends, (ends[at - 1] if at else 0) + MAX_LINKS, side="right"))
             stop = min(max(stop, at + 1), at + most, B)
             rows = slice(at, stop)
-            parts.append(self._recall_part(history[rows], weights[rows], lengths[rows], exclude[rows], k))
+            parts.append(
+                self._recall_part(
+                    history[rows], weights[rows], lengths[rows], exclude[rows], k, allowed=None if allowed is None else allowed[rows]
+                )
+            )
             at = stop
         width = max((items.shape[1] for items, _ in parts), default=0)
         out, scores = np.full((B, width), UNKNOWN, np.int32), np.full((B, width), -np.inf, np.float32)
@@ -110,12 +117,12 @@ class ItemLinks:
         return out, scores
 
     def _recall_part(
-        self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, k: int
+        self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, k: int, *, allowed: Allowed | None
     ) -> tuple[np.ndarray, np.ndarray]:
         if not lengths.any() or not k:
             return np.empty((len(history), 0), np.int32), np.empty((len(history), 0), np.float32)
         by_product = len(self) < PRODUCT_BELOW
-        ranked = (self._by_product if by_product else self._by_sort)(history, weights, lengths, exclude)
+        ranked = (self._by_product if by_product else self._by_sort)(history, weights, lengths, exclude, allowed)
         if k < ranked.shape[1] // 4:
             ranked = np.partition(ranked, k, axis=1)[:, :k]
         ranked.sort(axis=1)
@@ -124,7 +131,9 @@ class ItemLinks:
         items = ranked.astype(np.uint32).view(np.int32)  # the low half; of EMPTY it is -1
         return items, np.where(ranked == EMPTY, np.float32(-np.inf), scores_of(ranked))
 
-    def _by_product(self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+    def _by_product(
+        self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, allowed: Allowed | None
+    ) -> np.ndarray:
         """Sums by a sparse product into (B, I) keys of `descending` and item."""
         B, n = len(history), len(self)
         used = lengths > 0
@@ -132,12 +141,16 @@ class ItemLinks:
         sums = (sparse.csr_matrix((weights[used].astype(np.float32), history[used], indptr), shape=(B, n)) @ self.matrix).toarray()
         row, column = np.nonzero((exclude >= 0) & (exclude < n))
         sums[row, exclude[row, column]] = 0
+        if allowed is not None:
+            allowed.bar(sums, 0)
         ranked = descending(sums)
         ranked |= np.arange(n, dtype=np.uint64)
         ranked[sums <= 0] = EMPTY
         return ranked
 
-    def _by_sort(self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+    def _by_sort(
+        self, history: np.ndarray, weights: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, allowed: Allowed | None
+    ) -> np.ndarray:
         """Sums by sorting the links of the batch into (B, W) keys of `descending` and item: nothing is as large as the catalogue."""
         B, n = len(history), len(self)
         slot = np.flatnonzero(lengths)
@@ -147,6 +160,9 @@ class ItemLinks:
         link += np.arange(stops[-1])  # (links,)
         values = self.weights[link] * np.repeat(weights.ravel()[slot].astype(np.float32), size)
         keys = self.items[link].astype(np.int64) + np.repeat(slot // history.shape[1] * n, size)  # query * n + item
+        if allowed is not None:
+            here = allowed.admits(*np.divmod(keys, n))
+            keys, values = keys[here], values[here]
         row, column = np.nonzero((exclude >= 0) & (exclude < n))
         keys = np.concatenate([keys, row * n + exclude[row, column]])
         values = np.concatenate([values, np.full(len(row), -np.inf, np.float32)])  # what is barred sums up to -inf
@@ -155,6 +171,8 @@ class ItemLinks:
         packed <<= np.uint64(32)
         packed |= values.view(np.uint32)
         packed.sort()
+        if not len(packed):
+            return np.empty((B, 0), np.uint64)
         key, values = (packed >> np.uint64(32)).astype(np.uint32), packed.astype(np.uint32).view(np.float32)
         starts = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
         sums = np.add.reduceat(values, starts)

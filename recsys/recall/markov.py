@@ -85,7 +85,7 @@ class Markov:
         """The k items that most often follow the newest events."""
         c = self.config
         weights = recency(queries, newest=c.newest, decay=c.decay)
-        return self.links.recall(queries.history[:, -c.newest :], weights[:, -c.newest :], queries.exclude, k)
+        return self.links.recall(queries.history[:, -c.newest :], weights[:, -c.newest :], queries.exclude, k, queries.allowed)
 
     def save(self, folder: Path) -> None:
         """Write `links/`."""

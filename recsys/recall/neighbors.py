@@ -100,7 +100,7 @@ class ItemCF:
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items that the history speaks for most."""
         weights = recency(queries, newest=self.config.newest, decay=self.config.decay, half_life_h=self.config.half_life_h)
-        return self.links.recall(queries.history, weights, queries.exclude, k)
+        return self.links.recall(queries.history, weights, queries.exclude, k, queries.allowed)
 
     def similar(self, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B,) item rows -> ((B, k') nearest items, (B, k') similarities), best first; k' is at most `neighbors`."""

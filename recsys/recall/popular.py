@@ -15,6 +15,7 @@ from pydantic import PositiveFloat
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
+from recsys.recall.order import among
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ class Popular:
         self.config = config
         self._counts: np.ndarray | None = None
         self._order = np.empty(0, np.int32)
-        self._place = np.empty(0, np.int32)
 
     @property
     def counts(self) -> np.ndarray:
@@ -72,23 +72,13 @@ class Popular:
     def _rank(self, counts: np.ndarray) -> Self:
         self._counts = counts
         self._order = np.argsort(-counts, kind="stable").astype(np.int32)  # best first, ties to the smaller row
-        self._place = np.empty_like(self._order)
-        self._place[self._order] = np.arange(len(counts), dtype=np.int32)
         return self
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items with the highest counts; items without any event come last, so k come back if the catalogue has them."""
-        counts, n, B = self.counts, len(self.counts), len(queries)
-        barred = (queries.exclude >= 0) & (queries.exclude < n)
-        width = min(k + int(barred.sum(1).max(initial=0)), n)
-        query, slot = np.nonzero(barred)
-        place = self._place[queries.exclude[query, slot]]
-        out = np.zeros((B, width), bool)
-        out[query[place < width], place[place < width]] = True
-        kept = np.argsort(out, axis=1, kind="stable")[:, : min(k, n)]  # what is not barred moves up, in its order
-        gone = np.take_along_axis(out, kept, 1)
-        items = self._order[kept]
-        return np.where(gone, UNKNOWN, items).astype(np.int32), np.where(gone, -np.inf, counts[items]).astype(np.float32)
+        counts = self.counts
+        items = first_of(self._order, queries, k)
+        return items, np.where(items == UNKNOWN, -np.inf, counts[items] if len(counts) else 0).astype(np.float32)
 
     def save(self, folder: Path) -> None:
         """Write counts.npy."""
@@ -99,3 +89,24 @@ class Popular:
     def load(cls, folder: Path, config: PopularConfig) -> Self:
         """Read what `save` wrote."""
         return cls(config)._rank(np.load(folder / "counts.npy"))
+
+
+def first_of(order: np.ndarray, queries: Queries, k: int) -> np.ndarray:
+    """The first k items of one order (n,) for each query, less what it must not see: (B, min(k, n)) item rows, -1 at the end."""
+    width = min(k, len(order))
+    if queries.allowed is None:
+        return _unbarred(order, queries.exclude, width)
+    items = np.full((len(queries), width), UNKNOWN, np.int32)
+    for mask, rows in queries.allowed.groups():
+        some = _unbarred(order if mask is None else order[mask.items[order]], queries.exclude[rows], width)
+        items[rows, : some.shape[1]] = some
+    return items
+
+
+def _unbarred(order: np.ndarray, exclude: np.ndarray, k: int) -> np.ndarray:
+    n = len(order)
+    head = order[: min(k + int((exclude >= 0).sum(1).max(initial=0)), n)]  # deep enough, however the excluded ones lie
+    out = among(np.broadcast_to(head, (len(exclude), len(head))), exclude)
+    kept = np.argsort(out, axis=1, kind="stable")[:, : min(k, n)]  # what is not barred moves up, in its order
+    items: np.ndarray = np.where(np.take_along_axis(out, kept, 1), UNKNOWN, head[kept]).astype(np.int32)
+    return items

@@ -80,7 +80,7 @@ class Realtime:
         c = self.config
         weights = recency(queries, newest=c.newest, decay=c.decay, half_life_h=c.half_life_h, window_h=c.window_h)
         # Older events have no weight: cutting them here saves looking at them.
-        return self.links.recall(queries.history[:, -c.newest :], weights[:, -c.newest :], queries.exclude, k)
+        return self.links.recall(queries.history[:, -c.newest :], weights[:, -c.newest :], queries.exclude, k, queries.allowed)
 
     def save(self, folder: Path) -> None:
         """Write `links/`, unless they are another channel's."""

@@ -1,7 +1,7 @@
 """Nearest items to a user's vector by inner product, over Faiss: exact, IVF or HNSW, whichever fits the size.
 
 An approximate index is tuned when it is built: its effort is raised until the asked share of the exact answer comes
-back. Excluded items never cost places: k items come back whenever k others exist.
+back. What is excluded or filtered out never costs places: k items come back whenever k others exist.
 HNSW and IVF want vectors of one length (the two-tower's are): with inner product, long vectors attract everything.
 """
 
@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from recsys.allowed import Allowed, Mask
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.errors import BundleError, ConfigError
 from recsys.recall.exact import best_of, exact_search
@@ -30,6 +31,9 @@ GPU_DEEPEST = 2_048
 """Faiss on a GPU gives at most this many items a query; deeper ones are searched exactly on the CPU."""
 OVER_FETCH = 512
 """Up to this many excluded items, an approximate search asks for more and drops them; above, it filters as it walks."""
+EXACT_SHARE = 0.05
+"""A filter that lets fewer items through than this share, or than `flat_below`, is answered by comparing with all of them: a walk
+would meet mostly items that it may not return."""
 
 
 class EncodesUsers(Protocol):
@@ -164,10 +168,13 @@ class VectorIndex:
 
     # Searching.
 
-    def recall_vectors(self, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def recall_vectors(
+        self, vectors: np.ndarray, exclude: np.ndarray, k: int, allowed: Allowed | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(B, d) user vectors, (B, E) excluded item rows (-1: empty slot) -> ((B, k') items, (B, k') scores), best first.
 
-        k' = min(k, n_items); a row is short (-1, -inf) only where fewer items are left. A row with NaN answers nothing.
+        k' = min(k, n_items); a row is short (-1, -inf) only where fewer items are left, of those that are `allowed`. A row with
+        NaN answers nothing.
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         B, k = len(vectors), min(k, len(self))
@@ -177,13 +184,67 @@ class VectorIndex:
         if not known.all():
             items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
             if known.any():
-                items[known], scores[known] = self.recall_vectors(vectors[known], exclude[known], k)
+                items[known], scores[known] = self.recall_vectors(
+                    vectors[known], exclude[known], k, None if allowed is None else allowed[known]
+                )
             return items, scores
         if self.kind == "flat" and not self.on_gpu:
-            return exact_search(self.vectors(), vectors, k, exclude)
-        return self._filtered(vectors, exclude, k)
+            return exact_search(self.vectors(), vectors, k, exclude, allowed)
+        if allowed is None:
+            return self._excluding(vectors, exclude, k)
+        items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
+        for mask, rows in allowed.groups():
+            one = self._excluding if mask is None else self._among(mask)
+            items[rows], scores[rows] = one(vectors[rows], exclude[rows], k)
+        return items, scores
 
-    def _filtered(self, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _among(self, mask: Mask) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+        """How to search among the items of one filter: all of them, where they are few, else by a walk that returns no others."""
+        few = len(mask.rows) < max(self.config.flat_below, EXACT_SHARE * len(self))
+        if few or self.on_gpu:
+
+            def search(vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+                return self._compared(mask, vectors, exclude, k)
+        else:
+
+            def search(vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+                return self._walked(mask, vectors, exclude, k)
+
+        return search
+
+    def _compared(self, mask: Mask, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Exact search among the rows of a filter."""
+        items, scores = np.full((len(vectors), k), UNKNOWN, np.int32), np.full((len(vectors), k), -np.inf, np.float32)
+        if not len(mask.rows):
+            return items, scores
+        place = np.searchsorted(mask.rows, exclude)
+        listed = (exclude >= 0) & (place < len(mask.rows)) & (mask.rows[np.minimum(place, len(mask.rows) - 1)] == exclude)
+        at, best = exact_search(self.rows(mask.rows), vectors, k, np.where(listed, place, UNKNOWN))
+        width = at.shape[1]
+        items[:, :width] = np.where(at == UNKNOWN, UNKNOWN, mask.rows[np.maximum(at, 0)])
+        scores[:, :width] = best
+        return items, scores
+
+    def _walked(self, mask: Mask, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """A search of the index that returns items of the filter only; where it ends before k are found, the exact answer."""
+        # The walk sees as many items as without a filter and may return a share of them: its effort grows by that share.
+        most = int(self.index.nlist) if self.kind == "ivf" else len(self)
+        effort = min(int(np.ceil(self.effort * len(self) / len(mask.rows))), most)
+        items, scores = np.full((len(vectors), k), UNKNOWN, np.int32), np.full((len(vectors), k), -np.inf, np.float32)
+        for b, out in enumerate(exclude):
+            ids = out[out >= 0].astype(np.int64)
+            selector = SEARCH.IDSelectorBitmap(mask.bits)
+            if len(ids):
+                selector = SEARCH.IDSelectorAnd(selector, SEARCH.IDSelectorNot(SEARCH.IDSelectorBatch(ids)))
+            items[b], scores[b] = (
+                x[0] for x in _without(*self._faiss_search(vectors[b : b + 1], k, selector, effort), exclude[b : b + 1], k)
+            )
+            left = len(mask.rows) - int(mask.items[np.unique(ids[ids < len(self)])].sum())
+            if (items[b] >= 0).sum() < min(k, left):
+                items[b], scores[b] = (x[0] for x in self._compared(mask, vectors[b : b + 1], exclude[b : b + 1], k))
+        return items, scores
+
+    def _excluding(self, vectors: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         B = len(vectors)
         n_excluded = (exclude >= 0).sum(1)
         items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
@@ -219,7 +280,7 @@ class VectorIndex:
         if self.config.threads is not None:
             faiss.omp_set_num_threads(self.config.threads)  # OpenMP keeps this number per calling thread
         if self.kind == "hnsw":
-            params = SEARCH.SearchParametersHNSW(efSearch=max(self.effort, k), sel=selector)
+            params = SEARCH.SearchParametersHNSW(efSearch=max(effort or self.effort, k), sel=selector)
         elif self.kind == "ivf":
             params = SEARCH.SearchParametersIVF(nprobe=effort or self.effort, sel=selector)
         else:
@@ -233,6 +294,13 @@ class VectorIndex:
             return np.asarray(self.index.reconstruct_n(0, len(self)))
         flat = self.index if self.kind == "flat" else SEARCH.downcast_index(self.index.storage)
         return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+
+    def rows(self, items: np.ndarray) -> np.ndarray:
+        """The (n, d) vectors of (n,) known item rows."""
+        if self.kind == "ivf":
+            return np.stack([self.index.reconstruct(int(i)) for i in items]) if len(items) else np.empty((0, int(self.index.d)), np.float32)
+        found: np.ndarray = self.vectors()[items]
+        return found
 
     def similar(self, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B,) item rows -> their ((B, k') nearest other items, (B, k') inner products); an unknown item answers nothing."""
@@ -292,7 +360,7 @@ class VectorRecaller:
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items whose vectors have the largest inner product with the user's."""
-        return self.index.recall_vectors(self.encode(queries), queries.exclude, k)
+        return self.index.recall_vectors(self.encode(queries), queries.exclude, k, queries.allowed)
 
     def save(self, folder: Path) -> None:
         """Write the index; the model has its own folder."""
