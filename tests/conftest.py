@@ -65,6 +65,11 @@ def ray_cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: a plain mistake is told before Ray starts."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
 def pytest_unconfigure() -> None:
     """HAProxy's folder was made for this session alone."""
     shutil.rmtree(ENVIRONMENT["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"], ignore_errors=True)
