@@ -306,4 +306,4 @@ def _head(candidates: Candidates, keep: int) -> Candidates:
 
 def _bare(request: FunnelRequest) -> FunnelRequest:
     """The request without what may have broken it; what must not come back still does not."""
-    return FunnelRequest(request.user_id, request.k, request.at, exclude=request.exclude)
+    return FunnelRequest(request.user_id, request.k, request.at, exclude=request.exclude, filter=request.filter)

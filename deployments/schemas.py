@@ -70,6 +70,9 @@ class RecommendBody(Body):
     """Raw values of user columns; they override what is known of the user."""
     exclude: list[Id] = Field(default_factory=list)
     """Items that must not come back; unknown ids are ignored."""
+    filter: dict[str, Any] = Field(default_factory=dict, examples=[{"genres": ["Comedy", "Drama"], "price": {"min": 5, "max": 20}}])
+    """What items must hold, by item column: a value or a list (at least one of them), or an object with any, all, none and, for
+    numbers, min and max. All columns must hold. An undeclared column is refused; a value that no item has lets nothing pass."""
     explain: bool = False
     """Add each item's rank and score at every stage."""
     request_id: Id | None = None

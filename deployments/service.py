@@ -89,7 +89,14 @@ class Service:
         check_ids("exclude", body.exclude, limits, EXCLUDE)
         funnel = self.rollout.funnel()
         request = FunnelRequest(
-            body.user_id, body.k, unix_now(), context=body.context, profile=body.features, exclude=body.exclude, explain=body.explain
+            body.user_id,
+            body.k,
+            unix_now(),
+            context=body.context,
+            profile=body.features,
+            exclude=body.exclude,
+            explain=body.explain,
+            filter=funnel.filters.parse(body.filter) if body.filter else None,
         )
         answer = await self._answered(funnel, request, self._deadline(body.timeout_ms))
         self._monitor.request("recommend", time.perf_counter() - started)

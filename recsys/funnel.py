@@ -17,16 +17,20 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import channels
+from recsys.allowed import Filter
 from recsys.config import Config
 from recsys.core import UNKNOWN, Candidates, Queries, Query, Recaller, Reranker, Vocabulary, load_arrow, top_k
 from recsys.errors import BundleError, RequestError
 from recsys.evidence import EVIDENCE, evidence
 from recsys.export import RankerEngine
+from recsys.features.catalogue import Catalogue
+from recsys.features.filters import Filters
 from recsys.features.schema import FeatureSpace
 from recsys.features.store import StoredEvent
 from recsys.models.two_tower import TwoTower
 from recsys.prepared import load_columns
 from recsys.recall.merge import MergeConfig, merge
+from recsys.recall.popular import first_of
 
 STAGES = ("recall", "coarse_rank", "fine_rank", "rerank")
 POPULAR = "popular"
@@ -35,7 +39,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class FunnelRequest:
-    """One request in outside terms: ids are the caller's, `events` the user's live history (oldest first)."""
+    """One request in outside terms: ids are the caller's, `events` the user's live history (oldest first); `filter` is what
+    `Funnel.filters.parse` made of the caller's."""
 
     user_id: str
     k: int
@@ -45,6 +50,7 @@ class FunnelRequest:
     profile: Mapping[str, Any] = field(default_factory=dict)
     exclude: Sequence[str] = ()
     explain: bool = False
+    filter: Filter | None = None
 
 
 class PageItem(NamedTuple):
@@ -84,8 +90,8 @@ class Past(NamedTuple):
 class Funnel:
     """A funnel of one version. Stages that were not loaded are None; asking them is a BundleError.
 
-    item_columns: field -> (I, …) encoded; vectors (I, d) float32 unit vectors of the two-tower; popular (P,) item rows,
-    most popular first: the last rung, which needs nothing else.
+    item_columns: field -> (I, …) encoded; catalogue: the values of item columns, which filters ask; vectors (I, d) float32 unit
+    vectors of the two-tower; popular_items (I,) item rows, most popular first: the last rung, which needs nothing else.
     """
 
     version: str
@@ -95,6 +101,7 @@ class Funnel:
     items: Vocabulary
     user_columns: dict[str, np.ndarray]
     item_columns: dict[str, np.ndarray]
+    catalogue: Catalogue
     past: Past
     popular_items: np.ndarray
     channels: dict[str, Recaller]
@@ -103,6 +110,10 @@ class Funnel:
     ranker: RankerEngine | None = None
     reranker: Reranker | None = None
     titles: pa.Array | None = None
+    filters: Filters = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.filters = Filters(self.catalogue, self.items)
 
     # ---- from outside to rows -------------------------------------------------------------------------------------
 
@@ -131,6 +142,7 @@ class Funnel:
             profile=r.profile,
             exclude=exclude,
             explain=r.explain,
+            filter=r.filter,
         )
 
     def _snapshot(self, user: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,11 +164,14 @@ class Funnel:
         """All channels, merged with provenance. A channel that fails is left out and named in `lost`."""
         depth = self._depth(queries)
         merging = _deepened(self.config.recall.merge, depth)
+        self._admit(queries)
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         lost = []
         for name, channel in self.channels.items():
             try:
                 found[name] = channel.recall(queries, merging.quota_of(name))
+                if queries.allowed is not None:  # a channel that knows nothing of filters loses places, never the promise
+                    found[name] = queries.allowed.kept(*found[name])
             except Exception:  # a channel's bug must not take the page with it: the answer names it
                 log.exception("Channel %s failed; its candidates are left out.", name)
                 found[name] = (np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.float32))
@@ -212,14 +227,12 @@ class Funnel:
         return self.rerank(queries, candidates)
 
     def popular(self, queries: Queries) -> Candidates:
-        """The last rung: what is popular and not excluded. Needs no model, no store, no other stage."""
-        depth = int(queries.k.max(initial=1)) + queries.exclude.shape[1]
-        items = np.broadcast_to(self.popular_items[:depth], (len(queries), min(depth, len(self.popular_items))))
-        scores = np.broadcast_to(1.0 / np.arange(1, items.shape[1] + 1, dtype=np.float32), items.shape)
-        gone = (items[:, :, None] == queries.exclude[:, None, :]).any(2)
-        columns, values = top_k(np.where(gone, -np.inf, scores).astype(np.float32), int(queries.k.max(initial=1)))
-        chosen = np.where(columns == UNKNOWN, UNKNOWN, np.take_along_axis(items, np.maximum(columns, 0), 1)).astype(np.int32)
-        ranks = np.where(chosen == UNKNOWN, 0, np.arange(1, chosen.shape[1] + 1)).astype(np.int16)
+        """The last rung: what is popular, not excluded and allowed. Needs no model, no store, no other stage."""
+        self._admit(queries)
+        chosen = first_of(self.popular_items, queries, int(queries.k.max(initial=1)))
+        place = np.arange(1, chosen.shape[1] + 1)
+        values = np.where(chosen == UNKNOWN, -np.inf, 1 / place).astype(np.float32)
+        ranks = np.where(chosen == UNKNOWN, 0, place).astype(np.int16)
         return Candidates(chosen, values, (POPULAR,), values[:, :, None], ranks[:, :, None], stage=POPULAR)
 
     def rank(self, queries: Queries, item_ids: Sequence[Sequence[str]]) -> Candidates:
@@ -277,6 +290,11 @@ class Funnel:
         vectors: np.ndarray = queries.memo["vectors"]
         return vectors
 
+    def _admit(self, queries: Queries) -> None:
+        """Make the bitmaps of the queries' filters, once a batch."""
+        if queries.filters is not None and queries.allowed is None:
+            queries.allowed = self.filters.allowed(queries.filters)
+
     def _depth(self, queries: Queries) -> int:
         """How many items every stage must let through: 0 unless a page is deeper than what the fine stage keeps."""
         k = int(queries.k.max(initial=1))
@@ -317,6 +335,7 @@ class Funnel:
             items=Vocabulary.load(folder, "items"),
             user_columns=load_columns(folder / "user_columns"),
             item_columns=item_columns,
+            catalogue=Catalogue.load(folder / "catalogue"),
             past=Past.load(folder / "past"),
             popular_items=np.load(folder / "popular.npy", mmap_mode="r"),
             channels={},

@@ -2,6 +2,7 @@
 
 config.json users.* items.*          what it was made with; outside ids of rows
 features/ user_columns/ item_columns/ encoders, and every user and item encoded
+catalogue/                           the values of item columns, for filters
 item_meta.arrow past/ popular.npy    titles; what users did; the last rung
 two_tower/ vectors.npy recall/<channel>/ fine_rank/
 golden.json                          requests and the answers that this funnel gave when it was published
@@ -43,6 +44,7 @@ def pack(funnel: Funnel, folder: Path, *, tower: Path, ranker: Path) -> dict[str
     funnel.space.save(folder / "features")
     save_columns(folder / "user_columns", funnel.user_columns)
     save_columns(folder / "item_columns", funnel.item_columns)
+    funnel.catalogue.save(folder / "catalogue")
     titles = funnel.titles if funnel.titles is not None else pa.nulls(len(funnel.items), pa.string())
     save_arrow(folder / "item_meta.arrow", pa.table({"title": titles}))
     funnel.past.save(folder / "past")

@@ -20,6 +20,7 @@ from recsys.data.events import load
 from recsys.data.interactions import CSR, POSITIVE, Interactions
 from recsys.data.split import Split, SplitConfig
 from recsys.errors import DataError
+from recsys.features.catalogue import Catalogue
 from recsys.features.generate import told
 from recsys.features.schema import FeatureSpace
 from recsys.moments import Moments
@@ -31,7 +32,8 @@ _SPLITS = ("train", "valid", "test")
 class Prepared:
     """E events of U users and I items, ready for examples.
 
-    titles (I,) strings or None; told (E,) bool: rows that enter a history; account: the lines of the cleaning.
+    catalogue and profiles hold the values of the item and user columns; titles (I,) strings or None; told (E,) bool: rows that
+    enter a history; account: the lines of the cleaning.
     """
 
     log: Interactions
@@ -39,6 +41,8 @@ class Prepared:
     space: FeatureSpace
     user_columns: dict[str, np.ndarray]
     item_columns: dict[str, np.ndarray]
+    catalogue: Catalogue
+    profiles: Catalogue
     titles: pa.Array | None
     told: np.ndarray
     account: list[tuple[str, int]]
@@ -67,6 +71,8 @@ class Prepared:
         self.space.save(folder / "features")
         for side, encoded in (("user_columns", self.user_columns), ("item_columns", self.item_columns)):
             save_columns(folder / side, encoded)
+        self.catalogue.save(folder / "catalogue")
+        self.profiles.save(folder / "profiles")
         facts = {
             "event_names": log.event_names,
             "has_time": log.has_time,
@@ -105,6 +111,8 @@ class Prepared:
             FeatureSpace.load(folder / "features"),
             load_columns(folder / "user_columns"),
             load_columns(folder / "item_columns"),
+            Catalogue.load(folder / "catalogue"),
+            Catalogue.load(folder / "profiles"),
             titles,
             columns["told"],
             [(k, v) for k, v in facts["account"]],
@@ -137,6 +145,8 @@ def prepare(config: Config, split: SplitConfig | None = None) -> Prepared:
         space,
         space.encode("user", data.users),
         space.encode("item", data.items),
+        Catalogue.of(declared["item"], data.items, log.n_items),
+        Catalogue.of(declared["user"], data.users, log.n_users),
         titles,
         told(log, config.history),
         data.account.rows(),

@@ -40,8 +40,6 @@ from recsys.training import ModelConfig, TrainingConfig
 log = logging.getLogger(__name__)
 MOST_VALIDATED = 4_000
 """Moments that early stopping looks at, drawn at random: enough for a standard error of NDCG@10 near .003."""
-LAST_RESORT = 5_000
-"""Most popular items that a bundle keeps for the last rung."""
 
 
 class Trainer(Protocol):
@@ -227,8 +225,9 @@ class Recipe:
             items=p.log.items,
             user_columns=p.user_columns,
             item_columns=p.item_columns,
+            catalogue=p.catalogue,
             past=past(known, p.told[mask], config.history.length),
-            popular_items=popular.order[:LAST_RESORT].copy(),
+            popular_items=popular.order,
             channels={},
             tower=tower,
             vectors=vectors,

@@ -12,6 +12,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import PositiveFloat
 
+from recsys.allowed import Mask
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
@@ -98,9 +99,21 @@ def first_of(order: np.ndarray, queries: Queries, k: int) -> np.ndarray:
         return _unbarred(order, queries.exclude, width)
     items = np.full((len(queries), width), UNKNOWN, np.int32)
     for mask, rows in queries.allowed.groups():
-        some = _unbarred(order if mask is None else order[mask.items[order]], queries.exclude[rows], width)
+        exclude = queries.exclude[rows]
+        some = _unbarred(order if mask is None else _passing(order, mask, width + exclude.shape[1]), exclude, width)
         items[rows, : some.shape[1]] = some
     return items
+
+
+def _passing(order: np.ndarray, mask: Mask, enough: int) -> np.ndarray:
+    """The items of an order that pass a filter, the first `enough` of them or more: most filters need not look at all."""
+    deep = 4 * enough
+    while True:
+        head = order[:deep]
+        passing: np.ndarray = head[mask.items[head]]
+        if len(passing) >= enough or deep >= len(order):
+            return passing
+        deep *= 8
 
 
 def _unbarred(order: np.ndarray, exclude: np.ndarray, k: int) -> np.ndarray:

@@ -64,31 +64,33 @@ def serving(small: Small, folder: Path, url: str, name: str, place: Place) -> It
         serve.delete(name)
 
 
-def expected(live: Live, users: list[str], k: int) -> list[list[tuple[str, float]]]:
-    """What the pure funnel answers."""
+def expected(live: Live, asked: list[tuple[str, dict[str, Any]]], k: int) -> list[list[tuple[str, float]]]:
+    """What the pure funnel answers to users with filters."""
     funnel = Funnel.load(live.registry.bundles / live.versions[0])
-    queries = funnel.queries([FunnelRequest(u, k, time.time()) for u in users])
+    queries = funnel.queries([FunnelRequest(u, k, time.time(), filter=funnel.filters.parse(f)) for u, f in asked])
     return [[(i.item_id, i.score) for i in page] for page in funnel.page(queries, funnel.recommend(queries))]
 
 
 def same_pages(live: Live) -> None:
-    """Every user's page, asked for by many at once, is the pure funnel's."""
+    """Every user's page, with a filter or without, asked for by many at once, is the pure funnel's."""
     from concurrent.futures import ThreadPoolExecutor
 
     users = [f"u{n}" for n in range(60)] * 3 + [f"stranger {n}" for n in range(20)]
+    filters: list[dict[str, Any]] = [{}, {"colour": "red"}, {}, {"price": {"min": 20}, "colour": ["blue"]}, {}]
+    asked = [(user, filters[n % 5]) for n, user in enumerate(users)]
 
-    def ask(user: str) -> Told:
+    def ask(one: tuple[str, dict[str, Any]]) -> Told:
         client = live.client()
         try:
-            return client.recommend(user, 7)
+            return client.recommend(one[0], 7, filter=one[1])
         finally:
             client.close()
 
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(ask, users))
+        answers = list(pool.map(ask, asked))
     assert {a.status for a in answers} == {200}
     assert [a.json["degraded"] for a in answers] == [[]] * len(users)
-    for user, answer, page in zip(users, answers, expected(live, users, 7), strict=True):
+    for user, answer, page in zip(asked, answers, expected(live, asked, 7), strict=True):
         assert [i["item_id"] for i in answer.json["items"]] == [item for item, _ in page], user
         np.testing.assert_allclose([i["score"] for i in answer.json["items"]], [score for _, score in page], atol=1e-5)
 

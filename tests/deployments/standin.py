@@ -1,7 +1,7 @@
 """A funnel whose answers can be worked out in the head, and a registry of such funnels.
 
 Items are i0 … i99. Recall gives 0, 1, 2, …; coarse rank turns the order round; fine rank puts even items first, each by
-number; re-rank leaves the order. So the page of a user who has seen nothing begins i0, i2, i4.
+number; re-rank leaves the order. Column `parity` of the items is even or odd. So the page of a user who has seen nothing begins i0, i2, i4.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from recsys.core import Candidates, Queries, Query, Vocabulary
+from recsys.data.columns import ColumnConfig
 from recsys.errors import BundleError, RequestError
+from recsys.features.catalogue import Catalogue
+from recsys.features.filters import Filters
 from recsys.funnel import FunnelRequest, PageItem
 
 N = 100
@@ -28,6 +31,8 @@ class StandIn:
         self.users = Vocabulary([f"u{n}" for n in range(10)])
         self.config = SimpleNamespace(coarse_rank=SimpleNamespace(keep=50), fine_rank=SimpleNamespace(keep=20))
         self.batches: list[int] = []
+        parity = {"parity": ["even", "odd"] * (N // 2)}
+        self.filters = Filters(Catalogue.of({"parity": ColumnConfig(kind="category")}, parity, N), self.items)
 
     def _at(self, stage: str) -> None:
         if stage == self.break_at:
@@ -51,6 +56,7 @@ class StandIn:
                 times=np.array([e.time_ms / 1000 for e in r.events]),
                 exclude=np.array([self.items.row(i) for i in (*r.exclude, *(e.item_id for e in r.events))], np.int32),
                 explain=r.explain,
+                filter=r.filter,
             )
             for r in requests
         ]
@@ -60,6 +66,8 @@ class StandIn:
         B = len(queries)
         items = np.broadcast_to(np.arange(width, dtype=np.int32), (B, width)).copy()
         gone = (items[:, :, None] == queries.exclude[:, None, :]).any(2)
+        if queries.filters is not None:
+            gone |= self.filters.allowed(queries.filters).kept(items, items.astype(np.float32))[0] < 0
         scores = np.where(gone, -np.inf, -items).astype(np.float32)
         items[gone] = -1
         found = Candidates(items, scores, ("one", "two"), np.zeros((B, width, 2), np.float32), np.ones((B, width, 2), np.int16))

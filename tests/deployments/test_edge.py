@@ -131,6 +131,14 @@ class TestRecommend:
         heard = once("POST", "/v1/recommend", {"user_id": "u1", "k": 1, "exclude": ["i40", "nothing"], "explain": True})
         assert heard.json["items"] == [{"item_id": "i42", "score": 42.0, "sources": ["one"], "explain": {"of": V1}}]
 
+    def test_a_filter_holds_on_every_rung_of_the_ladder(self) -> None:
+        body = {"user_id": "u1", "k": 3, "filter": {"parity": "odd", "item_id": {"none": ["i1"]}}}
+        assert [i["item_id"] for i in once("POST", "/v1/recommend", body).json["items"]] == ["i3", "i5", "i7"]
+        for stage in ("recall", "coarse_rank", "fine_rank", "rerank"):
+            items = once("POST", "/v1/recommend", body, funnel=StandIn(V1, break_at=stage)).json["items"]
+            assert [int(i["item_id"][1:]) % 2 for i in items] == [1, 1, 1], stage
+        assert once("POST", "/v1/recommend", body | {"filter": {"parity": "prime"}}).json["items"] == []
+
     def test_an_unknown_user_gets_a_page(self) -> None:
         heard = once("POST", "/v1/recommend", {"user_id": "nobody ever saw – пользователь/1"})
         assert heard.status == 200
@@ -191,6 +199,9 @@ BAD_RECOMMEND: list[tuple[Any, int, str, str | None]] = [
     ({"user_id": "u", "context": {"a": 2**63 - 1}}, 422, "wrong_type", "context"),
     ({"user_id": "u", "exclude": "i1"}, 422, "wrong_type", "exclude"),
     ({"user_id": "u", "exclude": ["i"] * 1_001}, 422, "too_many_items", "exclude"),
+    ({"user_id": "u", "filter": ["red"]}, 422, "wrong_type", "filter"),
+    ({"user_id": "u", "filter": {"party": "odd"}}, 422, "unknown_field", "filter.party"),
+    ({"user_id": "u", "filter": {"parity": {"min": 3}}}, 422, "wrong_type", "filter.parity"),
     ({"user_id": "u", "request_id": "r" * 300}, 422, "id_too_long", "request_id"),
     ({"user_id": "u", "timeout_ms": -5}, 422, "invalid_value", "timeout_ms"),
     ([], 422, "wrong_type", None),
@@ -383,6 +394,8 @@ class TestTheRest:
     def test_the_documents_name_every_route_and_the_body_of_the_hot_ones(self) -> None:
         assert once("GET", "/docs").status == 200
         paths = once("GET", "/openapi.json").json["paths"]
+        body = paths["/v1/recommend"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert "at least one of them" in body["properties"]["filter"]["description"]
         assert set(paths) == {
             "/v1/recommend",
             "/v1/rank",

@@ -171,3 +171,46 @@ def test_a_ranker_that_answers_otherwise_than_when_published_is_found(funnel):
 
 def test_a_bundle_says_nothing_of_the_machine_it_was_made_on(small):
     assert str(small.config.root) not in json.dumps(json.loads((small.folder / "config.json").read_text()))
+
+
+FILTERS = ({"colour": "red"}, {"colour": ["blue"], "price": {"min": 10, "max": 30}}, {"item_id": ["i3", "i4", "cold"]}, {"colour": "green"})
+
+
+def filtered(funnel: Funnel, user: str, asked: dict, k: int = 5):
+    return request(user, k, filter=funnel.filters.parse(asked))
+
+
+def test_a_filtered_page_has_k_items_of_those_that_pass_or_all_there_are(funnel):
+    for asked, passing in zip(FILTERS, (20, 11, 3, 0), strict=True):  # red: 20 even items and cold; blue from 10 to 30: i9 to i29
+        for user in ("u0", "u1", "nobody"):
+            queries = funnel.queries([filtered(funnel, user, asked, 50)])
+            mask = funnel.filters.mask(queries.filters[0]).items
+            wanted = set(np.flatnonzero(mask).tolist()) - set(queries.exclude[0].tolist())
+            assert mask.sum() == passing + (asked == FILTERS[0])
+            for candidates in (funnel.recommend(queries), funnel.popular(queries)):
+                items = candidates.items[0]
+                assert set(items[items != UNKNOWN].tolist()) == wanted
+
+
+def test_a_batch_of_many_filters_answers_like_singles(funnel):
+    requests = [filtered(funnel, f"u{n}", FILTERS[n % 4] if n % 3 else {}) for n in range(16)]
+    together, alone = pages(funnel, requests), [pages(funnel, [r])[0] for r in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert [i.item_id for i in a] == [i.item_id for i in b]
+
+
+def test_a_channel_that_knows_nothing_of_filters_cannot_break_them(funnel):
+    class Deaf:
+        name = "deaf"
+
+        def recall(self, queries, k):
+            return np.tile(np.arange(5, dtype=np.int32), (len(queries), 1)), np.ones((len(queries), 5), np.float32)
+
+    own = funnel.channels
+    try:
+        funnel.channels = {"deaf": Deaf()}
+        candidates = funnel.recall(funnel.queries([filtered(funnel, "nobody", {"colour": "blue"}), request("nobody")]))
+    finally:
+        funnel.channels = own
+    assert sorted(candidates.items[0].tolist()) == [-1, -1, -1, 1, 3]
+    assert sorted(candidates.items[1].tolist()) == [0, 1, 2, 3, 4]
