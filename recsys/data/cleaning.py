@@ -30,7 +30,8 @@ REASONS = (
 """Why a row is left out. A duplicate repeats user, item, time and event of an earlier row."""
 
 _SECONDS: dict[str, float] = {"seconds": 1.0, "milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
-_UNIT_NAME: dict[TimeUnit, str] = {"s": "seconds", "ms": "milliseconds", "iso": "ISO text"}
+_UNIT_NAME: dict[TimeUnit, str] = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", "iso": "ISO text"}
+_PER_SECOND: dict[TimeUnit, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 _PLAUSIBLE_S = (631_152_000.0, 4_102_444_800.0)
 """1990 to 2100: a log whose middle lies here in another unit than declared has its unit wrong."""
 
@@ -99,7 +100,7 @@ def to_seconds(column: pa.ChunkedArray, unit: TimeUnit, *, name: str) -> np.ndar
         )
     if unit == "iso":
         if not is_text(column):
-            raise DataError(f"interactions.time: column '{name}' holds numbers, but time_unit is iso. Declare time_unit: s or ms.")
+            raise DataError(f"interactions.time: column '{name}' holds numbers, but time_unit is iso. Declare time_unit: s, ms, us or ns.")
         return _iso_seconds(column)
     numbers = to_numbers(column)
     if is_text(column) and np.isnan(numbers).mean() > 0.5 and np.isfinite(_iso_seconds(column[:1000])).mean() > 0.5:
@@ -107,7 +108,7 @@ def to_seconds(column: pa.ChunkedArray, unit: TimeUnit, *, name: str) -> np.ndar
             f"interactions.time: column '{name}' holds text such as '{first_value(column)}', but time_unit is {unit}. Declare time_unit: iso."
         )
     check_unit(numbers, unit, name=name)
-    return numbers * _SECONDS[_UNIT_NAME[unit]] if unit == "s" else numbers / 1e3
+    return numbers / _PER_SECOND[unit]  # a division is exact where the product with 1e-3 is not
 
 
 def _iso_seconds(column: pa.ChunkedArray) -> np.ndarray:
@@ -129,10 +130,10 @@ def check_unit(numbers: np.ndarray, unit: TimeUnit, *, name: str) -> None:
     for other, factor in _SECONDS.items():
         if low <= middle * factor <= high:
             year = pd.Timestamp(middle * factor, unit="s").year
-            short = {"seconds": "s", "milliseconds": "ms"}.get(other)
-            advice = f"Declare time_unit: {short}." if short else f"Convert the column to {_UNIT_NAME['ms']} and declare time_unit: ms."
+            short = next(short for short, long in _UNIT_NAME.items() if long == other)
             raise DataError(
-                f"interactions.time: column '{name}' holds values such as {middle:.0f}, which are {other} (year {year}), but time_unit is {unit}. {advice}"
+                f"interactions.time: column '{name}' holds values such as {middle:.0f}, which are {other} (year {year}), but time_unit is {unit}. "
+                f"Declare time_unit: {short}."
             )
 
 

@@ -111,12 +111,11 @@ def _read_text(path: Path, config: FileConfig, form: str, needs: Mapping[str, Ne
     delimiter = config.delimiter or _delimiter(path, form)
     if len(delimiter) > 1:
         raise DataError(f"'{path}': the delimiter '{delimiter}' has more than one character. Only format: movielens knows '::'.")
-    first = next(
-        csv.reader(
-            [_first_line(path, config.encoding)], delimiter=delimiter, quoting=csv.QUOTE_NONE if form == "recbole" else csv.QUOTE_MINIMAL
-        )
-    )
-    header = _untyped(first, path) if form == "recbole" else [name.strip() for name in first]
+    line = _first_line(path, config.encoding)
+    first = next(csv.reader([line], delimiter=delimiter, quoting=csv.QUOTE_NONE if form == "recbole" else csv.QUOTE_MINIMAL))
+    if config.names is not None and len(config.names) != len(first):
+        raise DataError(f"'{path}': names has {len(config.names)} columns, but the first line has {len(first)}: {line[:80]}")
+    header = list(config.names) if config.names else _untyped(first, path) if form == "recbole" else [name.strip() for name in first]
     if form == "movielens":
         header = [grouplens.RENAMED.get(name, name) for name in header]
     if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
@@ -133,7 +132,7 @@ def _read_text(path: Path, config: FileConfig, form: str, needs: Mapping[str, Ne
 
     table = pcsv.read_csv(
         path,
-        pcsv.ReadOptions(encoding=config.encoding, column_names=header, skip_rows=1, block_size=1 << 23),
+        pcsv.ReadOptions(encoding=config.encoding, column_names=header, skip_rows=0 if config.names else 1, block_size=1 << 23),
         pcsv.ParseOptions(
             delimiter=delimiter,
             quote_char=False if form == "recbole" else '"',

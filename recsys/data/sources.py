@@ -14,7 +14,7 @@ from recsys.core import FrozenConfig
 from recsys.data.columns import FROM_TIME, ColumnConfig
 
 Format = Literal["auto", "csv", "parquet", "recbole", "movielens", "kuairand"]
-TimeUnit = Literal["s", "ms", "iso"]
+TimeUnit = Literal["s", "ms", "us", "ns", "iso"]
 Scalar = str | int | float | bool
 
 IMPRESSION = "impression"
@@ -50,6 +50,15 @@ class FileConfig(FrozenConfig):
     """What stands between the columns of a text file (default: a comma, a tab in .tsv; recbole and movielens know theirs)."""
     encoding: str = "utf-8"
     """Encoding of a text file, such as utf-8, latin-1 or gb18030."""
+    names: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the columns, in order, of a text file without a header (default: its first line names them)."""
+
+    @field_validator("names")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError(f"names one column twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        return names
 
 
 class LogColumns(NamedTuple):
@@ -91,7 +100,7 @@ class InteractionsConfig(FileConfig):
     time: str | None = None
     """Column of the time (default: none, or the format's own). Without a time, the order of the log counts."""
     time_unit: TimeUnit | None = None
-    """s or ms since 1970, or iso for text such as 2024-05-31T12:00:00Z (default: s; kuairand: ms)."""
+    """s, ms, us or ns since 1970, or iso for text such as 2024-05-31T12:00:00Z (default: s; kuairand: ms)."""
     event: EventConfig = EventConfig()
     """The event type, by column or for all rows."""
     value: str | None = None

@@ -102,9 +102,9 @@ def test_without_a_time_the_order_of_the_log_counts_and_repeats_stay(tmp_path):
             "holds values such as 1700000000000, which are milliseconds (year 2023), but time_unit is s. Declare time_unit: ms.",
         ),
         ("1700000000", "ms", "which are seconds (year 2023), but time_unit is ms. Declare time_unit: s."),
-        ("1700000000000000", "ms", "which are microseconds (year 2023), but time_unit is ms. Convert the column to milliseconds"),
+        ("1700000000000000", "ms", "which are microseconds (year 2023), but time_unit is ms. Declare time_unit: us."),
         ("2023-11-14 10:00 h", "s", None),
-        ("20231114", "iso", "holds numbers, but time_unit is iso. Declare time_unit: s or ms."),
+        ("20231114", "iso", "holds numbers, but time_unit is iso. Declare time_unit: s, ms, us or ns."),
     ],
 )
 def test_a_wrong_time_unit_is_told_from_the_values(tmp_path, stamps, unit, said):
@@ -308,7 +308,7 @@ def test_explicit_parts_are_told_apart_after_sorting_and_not_deduplicated_across
         ({"path": "a", "train": "b", "test": "c"}, "give either 'path'"),
         ({"train": "a"}, "a log in parts needs 'train' and at least one of 'valid' and 'test', got train"),
         ({"path": "a", "min_value": 2, "max_value": 1}, "min_value 2 is above max_value 1"),
-        ({"path": "a", "time_unit": "hours"}, "Input should be 's', 'ms' or 'iso'"),
+        ({"path": "a", "time_unit": "hours"}, "Input should be 's', 'ms', 'us', 'ns' or 'iso'"),
     ],
 )
 def test_a_contradictory_declaration_is_refused(interactions, said):
