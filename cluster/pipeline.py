@@ -14,7 +14,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cluster import report_table
 from cluster.fetch import fetch as bring
 from cluster.registry import Registry, open_registry
 from cluster.runtime import start_ray
@@ -32,15 +34,14 @@ from recsys import packing
 from recsys.bundle import read_manifest
 from recsys.config import Config, Protocol
 from recsys.core import canonical_id
-from recsys.ctr_protocol import judge_ctr
 from recsys.data.paths import resolver
 from recsys.data.split import SplitConfig
-from recsys.errors import BundleError, ConfigError
-from recsys.evaluate import Report, evaluate_funnel
+from recsys.errors import BundleError
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import Prepared
 from recsys.prepared import prepare as prepare_data
-from recsys.recipe import Recipe
+from recsys.recipe import Recipe, Trainer
+from recsys.report import Report
 from recsys.training import ModelConfig, TrainingConfig
 from recsys.training import Report as StepReport
 
@@ -72,18 +73,6 @@ def _files(config: Config) -> list[tuple[str, int, int]]:
     return found
 
 
-def _split_of(config: Config, protocol: Protocol | None) -> tuple[Protocol, SplitConfig]:
-    """The protocol in force and the split that it asks for: the configuration's own wherever that fits."""
-    own: dict[str, Protocol] = {"leave_one_out": "next_item", "time": "time", "random": "top_n", "parts": "time"}
-    wanted = protocol or config.evaluate.protocol or own[config.split.by]
-    if wanted == "ncf":
-        raise ConfigError("Protocol ncf (one positive among 99 given negatives) is not built yet. Use next_item, top_n, time or ctr.")
-    if wanted == "ctr" or own[config.split.by] == wanted:
-        return wanted, config.split
-    by: Literal["leave_one_out", "time", "random"] = {"next_item": "leave_one_out", "time": "time", "top_n": "random"}[wanted]  # type: ignore[assignment]
-    return wanted, SplitConfig(by=by, seed=config.seed, per_user=wanted == "top_n")
-
-
 def state(config: Config, part: Literal["data", "examples", "runs"], key: str) -> Path:
     """A local folder of the workdir; for a workdir that is a URI, one of this machine's temporary folder."""
     if "://" in config.root:
@@ -98,10 +87,13 @@ def fetch(config: Config, console: Console) -> None:
             bring(config.fetch, config.fetched)
 
 
-def prepare(config: Config, console: Console, *, protocol: Protocol | None = None) -> tuple[Prepared, str]:
-    """The prepared data set and its key, from disk where nothing changed. Prints the account of the cleaning."""
+def prepare(config: Config, console: Console, *, split: SplitConfig | None = None) -> tuple[Prepared, str]:
+    """The prepared data set and its key, from disk where nothing changed. Prints the account of the cleaning.
+
+    `split` stands in for the configuration's own, where a protocol of evaluation asks for another.
+    """
     fetch(config, console)
-    _, split = _split_of(config, protocol)
+    split = split or config.split
     document = config.document()
     key = state_key(_files(config), document.get("data"), split.model_dump(mode="json"), document.get("features"))
     folder = state(config, "data", key)
@@ -135,13 +127,28 @@ def prepare(config: Config, console: Console, *, protocol: Protocol | None = Non
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 
-def recipe(config: Config, console: Console, *, protocol: Protocol | None = None) -> tuple[Recipe, str]:
-    """The steps from data to funnel for this configuration, each trained on Ray when it is asked for; and their key."""
-    prepared, data_key = prepare(config, console, protocol=protocol)
+def recipe(
+    config: Config, console: Console, *, split: SplitConfig | None = None, in_process: Callable[[Prepared], bool] = lambda _: False
+) -> tuple[Recipe, str]:
+    """The steps from data to funnel for this configuration, each trained when it is asked for; and their key.
+
+    Models are trained on Ray, unless `in_process` says of the prepared data that starting it is not worth while.
+    """
+    prepared, data_key = prepare(config, console, split=split)
     document = {k: v for k, v in config.document().items() if k not in NOT_LEARNT_FROM}
     key = state_key(data_key, document)
     storage = f"{config.root}/runs/{key}" if "://" in config.root else str(state(config, "runs", key))
-    return Recipe(config, prepared, state(config, "examples", key), partial(train_on_ray, console, storage), partial(_say, console)), key
+    train = trainer(console, storage, in_process=in_process(prepared))
+    return Recipe(config, prepared, state(config, "examples", key), train, partial(_say, console)), key
+
+
+def trainer(console: Console, storage: str, *, in_process: bool) -> Trainer:
+    """What trains the models of a recipe, on Ray or here; runs are kept under `storage`."""
+    if in_process and "://" not in storage:
+        from cluster.evaluation import train_here
+
+        return partial(train_here, console, Path(storage))
+    return partial(train_on_ray, console, storage)
 
 
 def _say(console: Console, sentence: str) -> None:
@@ -153,6 +160,17 @@ def train_on_ray(console: Console, storage: str, examples: Path, model: ModelCon
     start_ray()  # before the first import of ray, which reads its environment then
     from cluster.train import run
 
+    with training_bar(console, name) as tell:
+        trained = run(examples, model, training, storage=storage, name=name, progress=tell)
+    for notice in trained.notices:
+        console.print(f"[yellow]{escape(notice)}[/]")
+    tell_trained(console, name, trained.best_epoch, len(trained.epochs), trained.metrics)
+    return trained.folder
+
+
+@contextmanager
+def training_bar(console: Console, name: str) -> Iterator[Callable[[StepReport], None]]:
+    """A live bar for the training of one model; gives what takes its reports."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -161,7 +179,7 @@ def train_on_ray(console: Console, storage: str, examples: Path, model: ModelCon
         console=console,
         transient=True,
     ) as bars:
-        bar = bars.add_task(f"training {name}", total=None, told="starting workers")
+        bar = bars.add_task(f"training {name}", total=None, told="starting")
 
         def tell(report: StepReport) -> None:
             metrics = " ".join(f"{k} {v:.4f}" for k, v in (report.metrics or {}).items() if k in ("ndcg@10", "auc"))
@@ -169,12 +187,13 @@ def train_on_ray(console: Console, storage: str, examples: Path, model: ModelCon
             done = report.epoch + (report.step / report.steps if report.steps else 0)
             bars.update(bar, total=report.epochs, completed=min(done, report.epochs), told=told)
 
-        trained = run(examples, model, training, storage=storage, name=name, progress=tell)
-    for notice in trained.notices:
-        console.print(f"[yellow]{escape(notice)}[/]")
-    shown = " ".join(f"{k} {v:.4f}" for k, v in trained.metrics.items())
-    console.print(f"[bold]{name}[/] best epoch {trained.best_epoch + 1} of {len(trained.epochs)}: {shown}", highlight=False)
-    return trained.folder
+        yield tell
+
+
+def tell_trained(console: Console, name: str, best_epoch: int, epochs: int, metrics: dict[str, float]) -> None:
+    """One line on a trained model."""
+    shown = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+    console.print(f"[bold]{name}[/] best epoch {best_epoch + 1} of {epochs}: {shown}", highlight=False)
 
 
 def train(config: Config, console: Console, *, parent_version: str | None = None) -> str:
@@ -192,7 +211,8 @@ def train(config: Config, console: Console, *, parent_version: str | None = None
         _promote_first(registry, str(version), console)
         return str(version)
     report = _judge(config, steps, console)
-    console.print(_table(report))
+    for table in report_table.tables(report.as_json()):
+        console.print(table)
     version = _publish(config, steps, registry, report, console, parent_version=parent_version)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(known | {key_of_page: version}))
@@ -239,73 +259,18 @@ def evaluate(
     json: Path | None = None,
     html: Path | None = None,
 ) -> dict[str, Any]:
-    """Fit what is missing, judge every channel, stage and the funnel, print the table; returns what --json writes."""
-    from json import dumps
+    """Fit what is missing, judge every channel, stage, the funnel and the baselines; returns what --json writes."""
+    from cluster import evaluation
 
-    wanted, _ = _split_of(config, protocol)
-    if wanted == "ctr":
-        document = _judge_ctr(config, console, models)
-    else:
-        steps, _ = recipe(config, console, protocol=wanted)
-        report = _judge(config, steps, console, protocol=wanted)
-        report.keep(models)
-        console.print(_table(report))
-        document = report.as_json()
-    if json is not None:
-        json.write_text(dumps(document, indent=1))
-    if html is not None:
-        from recsys.report_page import page
-
-        html.write_text(page(config.name, document), "utf-8")
-        console.print(f"report: {html}")
-    return document
+    return evaluation.evaluate(config, console, protocol=protocol, models=models, json=json, html=html)
 
 
-def _judge(config: Config, steps: Recipe, console: Console, *, protocol: Protocol | None = None) -> Report:
-    wanted, _ = _split_of(config, protocol)
-    funnel, held_out = steps.judged(), steps.held_out()
-    counts = np.bincount(steps.prepared.log.item, minlength=steps.prepared.log.n_items)
-    with Progress(console=console, transient=True) as bars:
-        bar = bars.add_task(f"judging on {len(held_out):,} users", total=len(held_out))
-        return evaluate_funnel(funnel, held_out, counts, protocol=wanted, ks=config.evaluate.ks, progress=lambda n: bars.advance(bar, n))
+def _judge(config: Config, steps: Recipe, console: Console) -> Report:
+    """The report that a version is published with."""
+    from cluster import evaluation
 
-
-def _judge_ctr(config: Config, console: Console, models: Sequence[str] | None) -> dict[str, Any]:
-    prepared, data_key = prepare(config, console, protocol="ctr")
-    document = config.document()
-    key = state_key(data_key, document.get("fine_rank"), document.get("seed"))
-    train = partial(train_on_ray, console, str(state(config, "runs", key)))
-    found = judge_ctr(config, prepared, state(config, "examples", key) / "ctr", train, models=models)
-    names = list(found["rows"][0]["metrics"])
-    table = Table("model", *names, "fit s", title=f"ctr: {found['test_rows']:,} test rows", title_justify="left", header_style="bold")
-    for row in found["rows"]:
-        table.add_row(row["model"], *(f"{row['metrics'][m]:.4f}" for m in names), f"{row['seconds']['fit']:.0f}")
-    console.print(table)
-    return found
-
-
-def _table(report: Report) -> Table:
-    document = report.as_json()
-    names = [n for row in document["rows"][:1] for n in row["metrics"] if n in ("ndcg@10", "recall@10", "mrr@10", "coverage@10")]
-    table = Table("model", header_style="bold", title_justify="left", caption_justify="left")
-    table.title = (
-        f"{report.protocol}: {report.users:,} users, {int(report.warm.sum()):,} with a history; all {report.n_items:,} items, seen filtered"
-    )
-    for name in (*names[:1], "± 95 %", *names[1:], "ms/user"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in document["rows"]:
-        low, high = row["interval"]["ndcg@10"]
-        shown = [f"{row['metrics'][n]:.4f}" for n in names]
-        table.add_row(
-            row["model"],
-            *shown[:1],
-            f"{(high - low) / 2:.4f}",
-            *shown[1:],
-            f"{1000 * row['seconds']['predict'] / max(report.users, 1):.2f}",
-        )
-    losses = ", ".join(f"{name} {share:.3f}" for name, share in report.stage_recall.items())
-    table.caption = f"of what users took next, still there after: {losses}; coarse-fine Spearman {report.spearman:.3f}"
-    return table
+    protocol = evaluation.protocol_for(config, steps.prepared, None)
+    return evaluation.judge(config, steps, evaluation.held_out_of(config, steps, protocol), console, protocol=protocol)
 
 
 # ---- search -----------------------------------------------------------------------------------------------------------

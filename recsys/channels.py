@@ -23,15 +23,29 @@ Encode = Callable[[Queries], np.ndarray]
 Channels = dict[str, Recaller]
 
 
-def fit(configs: Mapping[str, ChannelConfig], log: Interactions, *, vectors: np.ndarray | None, encode: Encode) -> Channels:
+def alone(config: ChannelConfig) -> bool:
+    """Whether a channel is fitted on the log and nothing else, so that it can be fitted anywhere."""
+    return not isinstance(config, VectorConfig | RealtimeConfig)
+
+
+def fit(
+    configs: Mapping[str, ChannelConfig],
+    log: Interactions,
+    *,
+    vectors: np.ndarray | None,
+    encode: Encode,
+    already: Mapping[str, Recaller] | None = None,
+) -> Channels:
     """Every channel fitted on the positives of `log`, in the order of the configuration.
 
     vectors (I, d) are the two-tower's item vectors (None: it was not trained, and its channel is left out); `encode` gives
-    the user vectors of a batch of queries.
+    the user vectors of a batch of queries. `already` are channels fitted elsewhere on the same log, taken as they are.
     """
-    fitted: dict[str, Any] = {}
+    fitted: dict[str, Any] = dict(already or {})
     leaning: list[str] = []
     for name, config in configs.items():
+        if name in fitted:
+            continue
         if isinstance(config, VectorConfig):
             if vectors is not None:
                 fitted[name] = VectorRecaller(name, encode, config.build().fit(vectors))

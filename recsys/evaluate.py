@@ -1,101 +1,63 @@
-"""Honest offline evaluation: every channel, every stage and the whole funnel on the same held-out events.
+"""Honest offline evaluation: every channel, every stage, the whole funnel and the baselines on the same held-out events.
 
-Full catalogue, what was seen filtered out, users' state as of the instant before their held-out events. The rows come
-with what the cut of each stage loses, so a weak funnel shows where it is weak.
+Full catalogue (but for protocol ncf, whose figures are labelled `sampled`), what was seen filtered out, users' state as of
+the instant before their held-out events. The rows come with what the cut of each stage loses, so a weak funnel shows where
+it is weak.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import numpy as np
+from scipy import sparse
 
-from recsys.core import UNKNOWN, Candidates, Queries
-from recsys.errors import RayfunnelError
+from recsys.core import UNKNOWN
+from recsys.data.interactions import Interactions
 from recsys.funnel import Funnel
-from recsys.metrics import Relevant, at_k, coverage, hits, interval, long_tail_share, mean_of_users, spearman_rows
+from recsys.held_out import HeldOut
+from recsys.judging import STAGES, Judge, Judged, tasks
+from recsys.metrics import (
+    Relevant,
+    at_k,
+    coverage,
+    diversity_by_users,
+    gini,
+    hits,
+    long_tail_share,
+    mean_of_users,
+    novelty,
+    popularity,
+    popularity_lift,
+)
+from recsys.report import KINDS, Report, Row
 
-CHUNK = 256
 KS = (5, 10, 20)
-SHOWN = ("ndcg", "recall", "hit", "mrr")
-T = TypeVar("T")
+SHOWN = ("ndcg", "recall", "hit", "mrr", "precision", "f1", "map")
+CURVES = ("ndcg", "recall")
+DEPTH = 10
+"""Length of list that measures beyond accuracy are taken at."""
+BINS = 5
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Users' states and what they did next: queries(rows) gives the state of n of the B users, relevant their item sets."""
+class Cost:
+    """Seconds and MiB (peak above what was resident) that fitting took; NaN: not measured here."""
 
-    queries: Callable[[np.ndarray], Queries]
-    relevant: Relevant
-    warm: np.ndarray
-    """(B,) bool: the user had a history at that instant."""
-
-    def __len__(self) -> int:
-        return len(self.relevant)
+    seconds: float
+    mib: float
 
 
-@dataclass
-class Row:
-    """One line of the report: per-user metrics and what it took."""
+@dataclass(frozen=True)
+class Rows:
+    """What is known of rows beside their lists: kind and fitting cost by name, which repeat another, which are absent and why."""
 
-    model: str
-    values: dict[str, np.ndarray]
-    ranked: np.ndarray
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def metrics(self, users: np.ndarray | None = None) -> dict[str, float]:
-        """Means over users who have held-out items (those of the mask, if given)."""
-        return {name: mean_of_users(v if users is None else v[users]) for name, v in self.values.items()}
-
-
-@dataclass
-class Report:
-    """What `rayfunnel evaluate` prints and writes."""
-
-    protocol: str
-    rows: list[Row]
-    stage_recall: dict[str, float]
-    spearman: float
-    users: int
-    warm: np.ndarray
-    n_items: int
-    item_counts: np.ndarray
-
-    def keep(self, models: Sequence[str] | None) -> None:
-        """Keep the rows of these names alone; RayfunnelError names one that is not there, and those that are."""
-        if models is None:
-            return
-        known = [row.model for row in self.rows]
-        if absent := [name for name in models if name not in known]:
-            raise RayfunnelError(f"The report has no row '{absent[0]}'. Rows: {', '.join(known)}.")
-        self.rows = [row for row in self.rows if row.model in models]
-
-    def as_json(self) -> dict[str, Any]:
-        """{"protocol", "rows": [{"model", "metrics", "seconds", "interval"}], ...}: keys others rely on."""
-        return {
-            "protocol": self.protocol,
-            "users": self.users,
-            "warm_users": int(self.warm.sum()),
-            "rows": [
-                {
-                    "model": row.model,
-                    "metrics": row.metrics() | self._beyond(row),
-                    "warm": row.metrics(self.warm) if 0 < self.warm.sum() < self.users else None,
-                    "interval": {"ndcg@10": list(interval(row.values["ndcg@10"]))},
-                    "seconds": row.seconds,
-                }
-                for row in self.rows
-            ],
-            "stage_recall": self.stage_recall,
-            "coarse_fine_spearman": self.spearman,
-        }
-
-    def _beyond(self, row: Row) -> dict[str, float]:
-        top = row.ranked[:, :10]
-        return {"coverage@10": coverage(top, self.n_items), "long_tail@10": mean_of_users(long_tail_share(top, self.item_counts))}
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    fits: Mapping[str, Cost] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate_funnel(
@@ -105,68 +67,149 @@ def evaluate_funnel(
     *,
     protocol: str,
     ks: Sequence[int] = KS,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Rows: each channel, merged, coarse, fine (re-rank off) and funnel (re-rank on); one pass over the held-out users."""
-    width = max(ks)
-    ranked: dict[str, list[np.ndarray]] = {}
-    seconds: dict[str, float] = {}
-    survivors: dict[str, list[float]] = {}
-    agreement: list[np.ndarray] = []
+    """Rows: each channel, merged, coarse, fine (re-rank off) and funnel (re-rank on); one pass over the held-out users.
 
-    def timed(name: str, call: Callable[..., T], *args: Any) -> T:
-        start = time.perf_counter()
-        out = call(*args)
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-        return out
+    item_counts (I,) are the events of each item in training.
+    """
+    stages = STAGES if funnel.ranker is not None else STAGES[:2]
+    judge = Judge(funnel.channels, max(ks), len(funnel.items), funnel=funnel, stages=stages)
+    return report(judge_here(judge, held_out, progress), held_out, item_counts, protocol=protocol, ks=ks)
 
-    for start in range(0, len(held_out), CHUNK):
-        rows = np.arange(start, min(start + CHUNK, len(held_out)))
-        queries = held_out.queries(rows)
-        relevant = _subset(held_out.relevant, rows)
-        for name, channel in funnel.channels.items():
-            items, _ = timed(name, channel.recall, queries, width)
-            ranked.setdefault(name, []).append(_padded(items, width))
-        merged = timed("merged", funnel.recall, queries)
-        stages: dict[str, Candidates] = {"merged": merged}
-        stages["coarse"] = timed("coarse", funnel.coarse_rank, queries, merged)
-        if funnel.ranker is not None:
-            agreement.append(
-                spearman_rows(stages["coarse"].scores, _scored(funnel.fine_scores(queries, stages["coarse"]), stages["coarse"]))
-            )
-            stages["fine"] = timed("fine", funnel.fine_rank, queries, stages["coarse"])
-            stages["funnel"] = timed("funnel", funnel.rerank, queries, stages["fine"])
-        for name, c in stages.items():
-            ranked.setdefault(name, []).append(_padded(c.items, width))
-            survivors.setdefault(name, []).extend(_found(c.items, relevant))
+
+def judge_here(judge: Judge, held_out: HeldOut, progress: Progress | None = None) -> Judged:
+    """All chunks of the held-out users, one after the other, in this process."""
+    parts = []
+    for make in tasks(held_out, judge.n_items):
+        task = make()
+        parts.append(judge(task))
         if progress is not None:
-            progress(len(rows))
-    out = []
-    for name, parts in ranked.items():
-        lists = np.concatenate(parts)
-        values = {m: v for m, v in at_k(lists, held_out.relevant, ks).items() if m.split("@")[0] in SHOWN}
-        out.append(Row(name, values, lists, {"predict": seconds[name]}))
-    spearman = mean_of_users(np.concatenate(agreement)) if agreement else float("nan")
-    loss = {name: float(np.mean(found)) for name, found in survivors.items()}
-    return Report(protocol, out, loss, spearman, len(held_out), held_out.warm, len(funnel.items), item_counts)
+            progress(len(task.relevant))
+    return Judged.joined(parts)
 
 
-def _padded(items: np.ndarray, width: int) -> np.ndarray:
-    out = np.full((len(items), width), UNKNOWN, np.int32)
-    out[:, : min(width, items.shape[1])] = items[:, :width]
+def report(
+    judged: Judged,
+    held_out: HeldOut,
+    item_counts: np.ndarray,
+    *,
+    protocol: str,
+    ks: Sequence[int] = KS,
+    rows: Rows = Rows(),
+    item_users: sparse.csr_matrix | None = None,
+) -> Report:
+    """From lists to figures. item_users: see `users_of_items`; without it, diversity is left out."""
+    seen = _histories(held_out)
+    history, history_bins = bins(held_out.had if len(held_out.had) else np.zeros(len(held_out), np.int64), "users")
+    wanted, popularity_bins = bins(item_counts[held_out.relevant.items], "items")
+    seconds = _cumulative(judged.seconds)
+    found = []
+    for name in (*judged.ranked, *rows.same):
+        source = rows.same.get(name, name)
+        lists = judged.ranked[source]
+        every = at_k(lists, held_out.relevant, sorted({*ks, *range(1, max(ks) + 1)}))
+        values = {f"{m}@{k}": every[f"{m}@{k}"] for k in ks for m in SHOWN}
+        values |= _beyond(lists, item_counts, seen, item_users)
+        fit = rows.fits.get(source)
+        lead = every[f"ndcg@{DEPTH if DEPTH in ks else ks[0]}"]
+        caught = hits(lists[:, :DEPTH], held_out.relevant)
+        found.append(
+            Row(
+                name,
+                values,
+                _of_all(lists, len(item_counts)),
+                {"fit": fit.seconds if fit else float("nan"), "predict": seconds[source]},
+                {"fit": fit.mib if fit else float("nan"), "predict": judged.mib[source]},
+                rows.kinds.get(name, "stage" if name in STAGES else "channel"),
+                rows.same.get(name),
+                {m: [mean_of_users(every[f"{m}@{k}"]) for k in range(1, max(ks) + 1)] for m in CURVES},
+                [mean_of_users(lead[history == b]) for b in range(len(history_bins))],
+                _caught_by_bin(lists, caught, held_out.relevant, wanted, len(popularity_bins)),
+            )
+        )
+    found.sort(key=lambda row: KINDS.index(row.kind))
+    return Report(
+        protocol,
+        found,
+        len(held_out),
+        held_out.warm,
+        len(item_counts),
+        sampled=held_out.given is not None,
+        stage_recall={name: mean_of_users(v) for name, v in judged.kept.items()},
+        spearman=mean_of_users(judged.agreement),
+        ks=tuple(ks),
+        history_bins=history_bins,
+        popularity_bins=popularity_bins,
+        skipped=dict(rows.skipped),
+    )
+
+
+def users_of_items(known: Interactions) -> sparse.csr_matrix:
+    """(I, U) csr of who had an item, rows of unit length: what two items have in common without any model."""
+    had = known.positives().matrix().T.tocsr().astype(np.float64)
+    had.data /= np.repeat(np.sqrt(np.maximum(np.diff(had.indptr), 1)), np.diff(had.indptr))
+    return had
+
+
+def _beyond(
+    lists: np.ndarray, counts: np.ndarray, seen: np.ndarray | None, item_users: sparse.csr_matrix | None
+) -> dict[str, np.ndarray]:
+    top = lists[:, :DEPTH]
+    out = {
+        f"novelty@{DEPTH}": novelty(top, counts),
+        f"long_tail@{DEPTH}": long_tail_share(top, counts),
+        f"popularity@{DEPTH}": popularity(top, counts),
+    }
+    if seen is not None:
+        out[f"popularity_lift@{DEPTH}"] = popularity_lift(top, seen, counts)
+    if item_users is not None:
+        parts = [diversity_by_users(top[a : a + 4_096], item_users) for a in range(0, len(top), 4_096)]
+        out[f"diversity@{DEPTH}"] = np.concatenate(parts) if parts else np.empty(0)
     return out
 
 
-def _subset(relevant: Relevant, rows: np.ndarray) -> Relevant:
-    return Relevant.of([relevant.items[relevant.indptr[r] : relevant.indptr[r + 1]] for r in rows])
+def _of_all(lists: np.ndarray, n_items: int) -> dict[str, float]:
+    top = lists[:, :DEPTH]
+    return {f"coverage@{DEPTH}": coverage(top, n_items), f"gini@{DEPTH}": gini(top, n_items)}
 
 
-def _found(items: np.ndarray, relevant: Relevant) -> list[float]:
-    """Per user, the share of relevant items that are among these candidates."""
-    some = relevant.sizes > 0
-    share: list[float] = (hits(items, relevant).sum(1)[some] / relevant.sizes[some]).tolist()
-    return share
+def _histories(held_out: HeldOut) -> np.ndarray | None:
+    """(B, L) item rows of each user's history, as the service would see it."""
+    parts = [held_out.queries(np.arange(a, min(a + 1_024, len(held_out)))).history for a in range(0, len(held_out), 1_024)]
+    if not parts:
+        return None
+    width = max(p.shape[1] for p in parts)
+    return np.concatenate([np.pad(p, ((0, 0), (width - p.shape[1], 0)), constant_values=UNKNOWN) for p in parts])
 
 
-def _scored(scores: np.ndarray, c: Candidates) -> np.ndarray:
-    return np.where(c.items == UNKNOWN, -np.inf, scores)
+def bins(values: np.ndarray, what: str) -> tuple[np.ndarray, list[dict[str, int]]]:
+    """(n,) counts -> the bin of each, and the bins: 0 by itself where it occurs, the rest in up to five of about equal size."""
+    positive = values[values > 0]
+    edges = np.unique(np.quantile(positive, np.linspace(0, 1, BINS + 1)[1:-1], method="lower")) if len(positive) else np.empty(0)
+    at = np.where(values > 0, 1 + np.searchsorted(edges, values, side="left"), 0)
+    used, at = np.unique(at, return_inverse=True)
+    bins = [
+        {"from": int(values[at == b].min()), "to": int(values[at == b].max()), what: int((at == b).sum())} for b in range(len(used))
+    ]
+    return at, bins
+
+
+def _caught_by_bin(lists: np.ndarray, caught: np.ndarray, relevant: Relevant, wanted: np.ndarray, n: int) -> list[float]:
+    """Share of the sought items of each bin that stand in the first ten of their users' lists. wanted: the bin of each."""
+    users = np.repeat(np.arange(len(relevant)), relevant.sizes)
+    span = int(max(lists.max(initial=0), relevant.items.max(initial=0))) + 1
+    b, slot = np.nonzero(caught)
+    found = np.isin(users * span + relevant.items, b * span + lists[b, slot])
+    total, got = np.bincount(wanted, minlength=n), np.bincount(wanted, found, minlength=n)
+    return [float(g / t) if t else float("nan") for g, t in zip(got, total, strict=True)]
+
+
+def _cumulative(seconds: Mapping[str, float]) -> dict[str, float]:
+    """A stage's row takes what all stages up to it take."""
+    out, so_far = dict(seconds), 0.0
+    for name in STAGES:
+        if name in out:
+            so_far += out[name]
+            out[name] = so_far
+    return out

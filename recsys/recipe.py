@@ -3,7 +3,8 @@
     base      everything of train before the window   channels and two-tower are first fitted here
     window    the newest part of train                the fine ranker learns from moments that those have not seen
     valid     the split's                             early stopping of the fine ranker
-    test      the split's                             judged on the funnel refitted on train + valid
+    test      the split's                             judged on the funnel refitted: by time on train + valid, as production
+                                                      would be; else on train alone, as the published protocols have it
 
 For production the channels and the two-tower are refitted once more on everything; the fine ranker stays.
 How a model is trained is handed in: on Ray by `cluster.pipeline`, in this process by tests and by the search.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from recsys import channels, examples
-from recsys.config import Config
+from recsys.config import ChannelConfig, Config
+from recsys.core import Recaller
 from recsys.data.interactions import Interactions
-from recsys.evaluate import HeldOut
 from recsys.evidence import EVIDENCE, evidence_field
 from recsys.export import RankerEngine
 from recsys.features.generate import Histories
 from recsys.features.schema import Field
 from recsys.funnel import Funnel, Past
-from recsys.metrics import Relevant
+from recsys.held_out import HeldOut, after_training, before_first
 from recsys.models.two_tower import TwoTower
 from recsys.moments import Moments
 from recsys.prepared import Prepared
@@ -57,7 +58,7 @@ class Cut:
     valid: np.ndarray
     base_mask: np.ndarray
     judged_mask: np.ndarray
-    """train and valid: what is known when the test begins."""
+    """What the judged funnel learns from: by time all that is known when the test begins, else train."""
 
 
 def cut(prepared: Prepared, config: Config) -> Cut:
@@ -76,7 +77,7 @@ def cut(prepared: Prepared, config: Config) -> Cut:
         window=np.flatnonzero(in_window & learn),
         valid=np.flatnonzero(split.valid & learn),
         base_mask=base_mask,
-        judged_mask=split.train | split.valid,
+        judged_mask=split.train | split.valid if split.by == "time" else split.train,
     )
 
 
@@ -124,7 +125,7 @@ class Recipe:
 
     @cached_property
     def judged_tower(self) -> Path:
-        """The two-tower that the test judges: fitted anew on train and valid."""
+        """The two-tower that the test judges: fitted anew on all that the judged funnel may know."""
         return self._refitted("judged", self.cut.judged_mask)
 
     @cached_property
@@ -201,7 +202,7 @@ class Recipe:
     # ---- the funnel -----------------------------------------------------------------------------------------------
 
     def judged(self) -> Funnel:
-        """The funnel that the test judges: refitted on train and valid."""
+        """The funnel that the test judges."""
         mask = self.cut.judged_mask
         return self.funnel(mask, self.judged_tower, self.ranker)
 
@@ -210,12 +211,24 @@ class Recipe:
         mask = np.ones(len(self.prepared.log), bool)
         return self.funnel(mask, self.final_tower, self.ranker)
 
-    def funnel(self, mask: np.ndarray, tower_folder: Path, ranker_folder: Path | None) -> Funnel:
-        """A funnel whose channels know the rows of `mask` (E,) and nothing else."""
+    def funnel(
+        self,
+        mask: np.ndarray,
+        tower_folder: Path | None,
+        ranker_folder: Path | None,
+        *,
+        configs: Mapping[str, ChannelConfig] | None = None,
+        already: Mapping[str, Recaller] | None = None,
+    ) -> Funnel:
+        """A funnel whose channels know the rows of `mask` (E,) and nothing else.
+
+        Without a tower it has no coarse stage and no vector channel. `configs` stand in for the configured channels; those
+        in `already` were fitted on the same rows.
+        """
         p, config = self.prepared, self.config
         known = p.log.where(mask)
-        tower = TwoTower.load(tower_folder)
-        vectors = tower.item_vectors(p.item_columns)
+        tower = TwoTower.load(tower_folder) if tower_folder else None
+        vectors = tower.item_vectors(p.item_columns) if tower else None
         popular = PopularConfig().build().fit(known)
         funnel = Funnel(
             version="unpublished",
@@ -235,30 +248,15 @@ class Recipe:
             reranker=config.rerank.build(vectors=vectors, columns=p.item_columns),
             titles=p.titles,
         )
-        funnel.channels = channels.fit(config.recall.channels, known, vectors=vectors, encode=funnel.user_vectors)
+        wanted = config.recall.channels if configs is None else configs
+        funnel.channels = channels.fit(wanted, known, vectors=vectors, encode=funnel.user_vectors, already=already)
         return funnel
 
-    def held_out(self) -> HeldOut:
-        """The test: users with test positives that they have not had before, each in the state just before the first."""
-        log_, split = self.prepared.log, self.prepared.split
-        rows = np.flatnonzero(split.test & log_.positive)
-        users, first = np.unique(log_.user[rows], return_index=True)
-        if self.config.evaluate.max_users is not None:
-            chosen = _thinned(np.arange(len(users)), self.config.evaluate.max_users, self.config.seed)
-            users, first = users[chosen], first[chosen]
-        at = rows[first]
-        moments = self.moments
-        wanted: dict[int, set[int]] = {int(u): set() for u in users}
-        for user, item in zip(log_.user[rows].tolist(), log_.item[rows].tolist(), strict=True):
-            if user in wanted:
-                wanted[user].add(item)
-        warm = np.zeros(len(users), bool)
-        for start in range(0, len(users), 1024):
-            queries = moments.queries(at[start : start + 1024])
-            warm[start : start + 1024] = (queries.history >= 0).any(1)
-            for user, had in zip(queries.users.tolist(), queries.exclude, strict=True):
-                wanted[user] -= set(had.tolist())
-        return HeldOut(lambda rows: moments.queries(at[rows]), Relevant.of([wanted[int(u)] for u in users]), warm)
+    def held_out(self, protocol: str | None = None) -> HeldOut:
+        """The test, as `protocol` asks it; absent: top_n for a split at random, else the state before the first test event."""
+        whole = protocol == "top_n" if protocol else self.prepared.split.by == "random"
+        ask = after_training if whole else before_first
+        return ask(self.prepared, self.moments, most=self.config.evaluate.max_users, seed=self.config.seed)
 
 
 def past(known: Interactions, told: np.ndarray, length: int) -> Past:

@@ -55,7 +55,8 @@ def paired_t(row: np.ndarray, reference: np.ndarray) -> Comparison:
     d = (row - reference)[~(np.isnan(row) | np.isnan(reference))]
     n = len(d)
     if n < 2:
-        return Comparison(float(d.mean()) if n else float("nan"), *[float("nan")] * 4, n)
+        nan = float("nan")
+        return Comparison(float(d.mean()) if n else nan, nan, nan, nan, nan, n)
     mean, error = float(d.mean()), float(d.std(ddof=1) / np.sqrt(n))
     if error == 0:
         p = 1.0 if mean == 0 else 0.0

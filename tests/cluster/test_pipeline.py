@@ -84,11 +84,6 @@ def test_a_search_space_with_an_unknown_metric_or_path_is_refused(small):
         with_values(small.config.document(), small.config.base, {"two_tower.training.lr": 1})
 
 
-def test_protocol_ncf_is_refused_with_what_there_is(small):
-    with pytest.raises(ConfigError, match="next_item, top_n, time or ctr"):
-        pipeline.evaluate(small.config, console(), protocol="ncf")
-
-
 def test_state_is_named_by_what_made_it(tmp_path):
     write_data(tmp_path)
     config = config_of(tmp_path)
