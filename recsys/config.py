@@ -19,7 +19,6 @@ from recsys.config_file import Loaded, read_as
 from recsys.config_manual import template
 from recsys.core import FrozenConfig
 from recsys.data.columns import ColumnConfig
-from recsys.data.negatives import NegativesConfig
 from recsys.data.sources import DataConfig, InteractionsConfig, LabelConfig, TableConfig
 from recsys.data.sources import HistoryConfig as DataHistoryConfig
 from recsys.data.split import SplitConfig
@@ -29,19 +28,31 @@ from recsys.features.schema import FeaturesConfig, HistoryConfig
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.places import Places
+from recsys.recall.bpr import BPRConfig
 from recsys.recall.ease import EASEConfig
+from recsys.recall.ials import IALSConfig
 from recsys.recall.markov import MarkovConfig
 from recsys.recall.merge import MergeConfig
 from recsys.recall.neighbors import ItemCFConfig
 from recsys.recall.popular import PopularConfig
 from recsys.recall.realtime import RealtimeConfig
+from recsys.recall.user_cf import UserCFConfig
 from recsys.recall.vector import VectorConfig
 from recsys.rerank.diversity import MMRConfig
 from recsys.serve_config import ServeConfig
 from recsys.training import TrainingConfig
 
 ChannelConfig = Annotated[
-    ItemCFConfig | EASEConfig | MarkovConfig | PopularConfig | RealtimeConfig | VectorConfig, Field(discriminator="type")
+    ItemCFConfig
+    | UserCFConfig
+    | EASEConfig
+    | IALSConfig
+    | BPRConfig
+    | MarkovConfig
+    | PopularConfig
+    | RealtimeConfig
+    | VectorConfig,
+    Field(discriminator="type"),
 ]
 CHANNELS = tuple(tag for member in flatten(ChannelConfig) if (tag := tag_of(member)) is not None)
 """The types of channels."""
@@ -152,15 +163,7 @@ class EvaluateConfig(FrozenConfig):
     max_users: PositiveInt | None = None
     """Users judged at most, drawn at random. null: all."""
     negatives: PositiveInt = 99
-    """Protocol ncf: items drawn that the positive stands against."""
-    given: NegativesConfig | None = None
-    """Protocol ncf: a file that gives them instead, so that figures can be compared with others' on the same lists."""
-    seeds: PositiveInt = 3
-    """Protocol top_n: splits at random, of as many seeds from `split.seed` on; the report is their mean."""
-    threshold: float = Field(default=0.5, ge=0, le=1)
-    """Protocol ctr: the probability from which precision, recall and F1 count a row as a yes."""
-    on_ray: bool | None = None
-    """Fit channels and judge users as tasks on Ray. null: where a cluster is given, or the log is large."""
+    """Protocol ncf: items that the positive stands against."""
 
 
 class Config(Places):

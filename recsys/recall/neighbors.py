@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from scipy import sparse
 
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions, group
 from recsys.errors import NotFittedError
 from recsys.recall.links import ItemLinks, recency
-from recsys.recall.order import EMPTY, LOW, descending, scores_of
+from recsys.recall.order import EMPTY, LOW, best_of_rows, scores_of
+from recsys.recall.similarity import Kind, Sizes, Weighting, kind_of, similarities, weigh
 
 BLOCK = 2_000_000
 """Most similarities that one thread holds at once (about 60 MB)."""
@@ -32,6 +32,9 @@ class ItemCFConfig(FrozenConfig):
     """What goes with the history: items that the same users took."""
     neighbors: PositiveInt = 100
     """Neighbours kept per item. More recalls deeper and costs memory linearly."""
+    similarity: Literal["cosine", "pearson"] = "cosine"
+    """`cosine` of the two items' users. `pearson`: their correlation over all users, those with neither among them; it asks for more
+    common users than chance would give two popular items, and only positive ones count."""
     keep: Literal["history", "candidate"] = "candidate"
     """Whose nearest neighbours are kept. `candidate`: an item is scored by those of its own nearest that the user has, as in the
     literature. `history`: each item of the history nominates its nearest: a third of the work, and less of the long tail."""
@@ -42,8 +45,8 @@ class ItemCFConfig(FrozenConfig):
     """Pulls the similarity of rarely co-clicked pairs towards zero."""
     minimum: NonNegativeFloat = 0.0
     """Similarities at or below this are dropped."""
-    weighting: Literal["none", "iuf", "tf_idf", "bm25"] = "tf_idf"
-    """`none`: plain cosine. `iuf` lets active users count less: 1 / log(1 + their items). `tf_idf` and `bm25` weigh as in text
+    weighting: Weighting = "tf_idf"
+    """`none`: as they are. `iuf` lets active users count less: 1 / log(1 + their items). `tf_idf` and `bm25` weigh as in text
     search, a user being a term and an item a document; `bm25` then takes the dot product instead of the cosine."""
     values: Literal["binary", "count"] = "binary"
     """Whether an item had three times counts once or three times when similarities are computed."""
@@ -60,6 +63,11 @@ class ItemCFConfig(FrozenConfig):
     threads: PositiveInt | None = None
     """Threads of the fit; null: one per core."""
 
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        kind_of(self.similarity, self.weighting)
+        return self
+
     def build(self) -> ItemCF:
         """The channel, not yet fitted."""
         return ItemCF(self)
@@ -70,7 +78,7 @@ class ItemCFConfig(FrozenConfig):
 
 
 class ItemCF:
-    """score(user, item) = sum over the history of cosine(item, history item) * recency."""
+    """score(user, item) = sum over the history of similarity(item, history item) * recency."""
 
     name = "item_cf"
 
@@ -92,7 +100,7 @@ class ItemCF:
         events = incidence(interactions, values=c.values, most_per_user=c.max_events_per_user, use_past=c.use_past)
         rows = weigh(events, c.weighting).T.tocsr()  # (I, U)
         self._nearest = ItemLinks.of(
-            *nearest(rows, c.neighbors, unit=c.weighting != "bm25", shrink=c.shrink, minimum=c.minimum, threads=c.threads)
+            *nearest(rows, c.neighbors, kind_of(c.similarity, c.weighting), shrink=c.shrink, minimum=c.minimum, threads=c.threads)
         )
         self._links = self._nearest if c.keep == "history" else self._nearest.reversed(c.reach)
         return self
@@ -145,30 +153,20 @@ def incidence(
     return out
 
 
-def weigh(events: sparse.csr_matrix, weighting: Literal["none", "iuf", "tf_idf", "bm25"]) -> sparse.csr_matrix:
-    """Weigh a (U, I) matrix before cosine; a user is a term, an item a document (constants of BM25 as in Lucene: 1.2, 0.75)."""
-    size = np.diff(events.indptr)  # items of each user
-    data = events.data
-    if weighting == "iuf":  # the similarity sums over users, so each of its two factors carries the root
-        data = data * np.repeat(np.sqrt(1 / np.log1p(np.maximum(size, 1))), size)
-    elif weighting != "none":
-        n_items = events.shape[1]
-        rarity = np.repeat(np.log(np.maximum(n_items, 1)) - np.log1p(size) + 1, size)
-        if weighting == "tf_idf":
-            data = np.sqrt(data) * np.maximum(rarity, 0)
-        else:
-            length = np.bincount(events.indices, data, minlength=n_items)
-            norm = 0.25 + 0.75 * length / max(float(length.mean()), 1e-12)
-            data = data * 2.2 / (data + 1.2 * norm[events.indices]) * np.maximum(rarity, 0)
-    return sparse.csr_matrix((data.astype(np.float32), events.indices, events.indptr), shape=events.shape)
-
-
 def nearest(
-    rows: sparse.csr_matrix, k: int, *, unit: bool = True, shrink: float = 0.0, minimum: float = 0.0, threads: int | None = None
+    rows: sparse.csr_matrix,
+    k: int,
+    kind: Kind = "cosine",
+    *,
+    shrink: float = 0.0,
+    minimum: float = 0.0,
+    threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each row of (n, m) csr by dot / (|a| |b| + shrink), with similarity above `minimum`.
+    """The k nearest other rows of each row of a (n, m) csr without negative values, with similarity above `minimum`.
 
-    With unit=False every |a| counts as 1, so that the plain dot product decides.
+    cosine: dot / (|a| |b| + shrink). pearson: the same of rows less their mean over all m columns, which is the dot product
+    less m * mean(a) * mean(b): rows without a common column correlate negatively, so no neighbour is missed by looking at those
+    with one. dot: the plain dot product.
 
     Gives ((n, k) int32 rows, -1 where fewer; (n, k) float32), best first, ties to the smaller row; the same for any number of
     threads. A row without entries is near nobody.
@@ -178,27 +176,21 @@ def nearest(
     neighbors, similarity = np.full((n, k), UNKNOWN, np.int32), np.zeros((n, k), np.float32)
     if not k:
         return neighbors, similarity
-    norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1), np.float64)).ravel().astype(np.float32) if unit else np.ones(n, np.float32)
-    if unit and not shrink:  # unit rows give cosines directly
-        rows = sparse.diags_array(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)).dot(rows).tocsr()
+    sizes = Sizes.of(rows, kind)
+    direct = kind == "dot" or (kind == "cosine" and not shrink)
+    if direct:  # unit rows give cosines directly
+        length = sizes.length
+        rows = sparse.diags_array(np.divide(1, length, out=np.zeros_like(length), where=length > 0)).dot(rows).tocsr()
     columns = rows.T.tocsr()  # (m, n)
 
     def one_block(block: tuple[int, int]) -> None:
         start, stop = block
         product = rows[start:stop] @ columns  # (block, n)
-        data = product.data
-        if shrink:
-            data = data / (np.repeat(norms[start:stop], np.diff(product.indptr)) * norms[product.indices] + np.float32(shrink))
-        keys = descending(data)
-        keys |= product.indices.view(np.uint32) if product.indices.dtype == np.int32 else product.indices.astype(np.uint64)
-        best = np.full((stop - start, k + 1), EMPTY)  # one more, because a row is its own nearest
-        for r, (low, high) in enumerate(pairwise(product.indptr.tolist())):
-            mine = keys[low:high]
-            if high - low > k + 1:
-                mine.partition(k)
-                mine = mine[: k + 1]
-            best[r, : len(mine)] = mine
-        neighbors[start:stop], similarity[start:stop] = _unpack(best, start, minimum)
+        if not direct:
+            here = Sizes(sizes.length[start:stop], None if sizes.share is None else sizes.share[start:stop])
+            product.data = similarities(product, here, sizes, shrink)
+        # One more than k, because a row is its own nearest.
+        neighbors[start:stop], similarity[start:stop] = _unpack(best_of_rows(product, k + 1), start, minimum)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         list(pool.map(one_block, _blocks(rows, n)))  # list: so that an error of a thread is raised here

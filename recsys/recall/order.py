@@ -5,7 +5,10 @@ The position rides in the low bits, so every order is stable: ties go to who sto
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+from scipy import sparse
 
 LOW = np.uint64(0xFFFF_FFFF)
 EMPTY = np.uint64(2**64 - 1)
@@ -41,6 +44,23 @@ def best_first(scores: np.ndarray, keep: int) -> np.ndarray:
     keys.sort(axis=1)
     columns: np.ndarray = (keys[:, :keep] & LOW).astype(np.int64)
     return columns
+
+
+def best_of_rows(product: sparse.csr_matrix, k: int) -> np.ndarray:
+    """The k largest entries of each row of a (B, N) csr: (B, k) uint64 keys of `descending` and column, unsorted, EMPTY at the end.
+
+    Which ones are kept is certain: ties go to the smaller column.
+    """
+    keys = descending(product.data)
+    keys |= product.indices.view(np.uint32) if product.indices.dtype == np.int32 else product.indices.astype(np.uint64)
+    best = np.full((product.shape[0], k), EMPTY)
+    for r, (low, high) in enumerate(pairwise(product.indptr.tolist())):
+        mine = keys[low:high]
+        if high - low > k:
+            mine.partition(k - 1)
+            mine = mine[:k]
+        best[r, : len(mine)] = mine
+    return best
 
 
 def by_key(keys: np.ndarray, bound: int) -> np.ndarray:

@@ -288,7 +288,7 @@ recall:
         """mine.yaml:10: serve.port must be a valid integer (got "eighty").""",
         "mine.yaml:11: learning_rate is not a known key. Did you mean 'two_tower.training.learning_rate'?",
         "mine.yaml:14: recall.channels.item_cf.neighbours is not a known key. Did you mean 'neighbors'?",
-        "mine.yaml:15: recall.channels.own.type is missing; one of item_cf, ease, markov, popular, realtime, two_tower.",
+        "mine.yaml:15: recall.channels.own.type is missing; one of item_cf, user_cf, ease, ials, bpr, markov, popular, realtime, two_tower.",
     ]
     with pytest.raises(ConfigError) as raised:
         load([path])

@@ -14,9 +14,10 @@ from recsys.errors import ConfigError, NotFittedError
 from recsys.recall import links as links_module
 from recsys.recall import neighbors as neighbors_module
 from recsys.recall.links import ItemLinks, recency
-from recsys.recall.neighbors import ItemCF, ItemCFConfig, incidence, nearest, weigh
+from recsys.recall.neighbors import ItemCF, ItemCFConfig, incidence, nearest
 from recsys.recall.popular import PopularConfig
 from recsys.recall.realtime import Realtime, RealtimeConfig
+from recsys.recall.similarity import weigh
 from tests.contracts import RecallerContract, log_of, queries_of, seen_of
 
 
@@ -191,7 +192,7 @@ def test_active_users_count_less_with_iuf():
 def test_bm25_takes_the_dot_product():
     rows = weigh(LOG.matrix(), "bm25").T.tocsr()
     dots = (rows @ rows.T).toarray()
-    found = nearest(rows, 3, unit=False)
+    found = nearest(rows, 3, "dot")
     assert similarity_of(found, 0, 1) == pytest.approx(dots[0, 1], rel=1e-5)
     assert similarity_of(found, 2, 3) == pytest.approx(dots[2, 3], rel=1e-5)
 
