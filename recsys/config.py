@@ -19,6 +19,7 @@ from recsys.config_file import Loaded, read_as
 from recsys.config_manual import template
 from recsys.core import FrozenConfig
 from recsys.data.columns import ColumnConfig
+from recsys.data.negatives import NegativesConfig
 from recsys.data.sources import DataConfig, InteractionsConfig, LabelConfig, TableConfig
 from recsys.data.sources import HistoryConfig as DataHistoryConfig
 from recsys.data.split import SplitConfig
@@ -163,7 +164,15 @@ class EvaluateConfig(FrozenConfig):
     max_users: PositiveInt | None = None
     """Users judged at most, drawn at random. null: all."""
     negatives: PositiveInt = 99
-    """Protocol ncf: items that the positive stands against."""
+    """Protocol ncf: items drawn that the positive stands against."""
+    given: NegativesConfig | None = None
+    """Protocol ncf: a file that gives them instead, so that figures can be compared with others' on the same lists."""
+    seeds: PositiveInt = 3
+    """Protocol top_n: splits at random, of as many seeds from `split.seed` on; the report is their mean."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Protocol ctr: the probability from which precision, recall and F1 count a row as a yes."""
+    on_ray: bool | None = None
+    """Fit channels and judge users as tasks on Ray. null: where a cluster is given, or the log is large."""
 
 
 class Config(Places):
