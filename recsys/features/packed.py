@@ -1,0 +1,178 @@
+"""The state of a key as bytes: versioned, compact, read back exactly. What a store holds and a bundle carries; no pickle.
+
+A state begins with its version (1 byte) and 4 bytes of the declaration that it counts by: a state of another declaration is
+not read. Then the pending events and each aggregate's settled state. A count takes one to three bytes, any other number nine,
+a time eight; a window's part names its bucket instead, a part of the whole past needs no time at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from typing import Any
+
+from recsys.errors import StoreError
+from recsys.features.generate import Event
+from recsys.features.groups import Counted, Group, GroupState
+from recsys.features.tally import Distinct, Ends, Entry, Part, Tally
+
+VERSION = 1
+_F64, _U64, _I64 = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<q")
+_NONE, _TEXT, _NUMBER, _AMOUNTS = range(4)
+_INTEGERS = float(1 << 55)
+
+
+def digest(group: Group) -> bytes:
+    """4 bytes of what a group counts. A rate's prior and strength are no part of it: they only read the state."""
+    declared = [[f.name, f.config.model_dump(mode="json", exclude={"prior", "strength"}), repr(f.monoid)] for f in group.features]
+    return hashlib.sha256(json.dumps([group.key, declared, group.signals], sort_keys=True).encode()).digest()[:4]
+
+
+def pack(group: Group, state: GroupState, *, mark: bytes | None = None) -> bytes:
+    """A state as bytes; `mark` is `digest(group)` where it is at hand."""
+    out = bytearray([VERSION]) + (mark or digest(group)) + _F64.pack(state.newest)
+    _put_int(out, len(state.pending))
+    for event in state.pending:
+        out += _F64.pack(event.time) + _I64.pack(event.position)
+        for value in event.value:
+            _put_value(out, value)
+    for f, held in zip(group.features, state.settled, strict=True):
+        _put_int(out, len(held))
+        for part in held:
+            _put_part(out, f.monoid, f, part)
+    return bytes(out)
+
+
+def unpack(group: Group, held: bytes, *, mark: bytes | None = None) -> GroupState:
+    """What `pack` wrote; the empty state for bytes of another declaration. StoreError for another version or damage."""
+    if not held:
+        return group.init()
+    if held[0] != VERSION:
+        raise StoreError(f"A feature state has version {held[0]}, this code reads version {VERSION}. Run the newer release.")
+    if held[1:5] != (mark or digest(group)):
+        return group.init()
+    try:
+        return _Reader(held).state(group)
+    except (struct.error, IndexError, UnicodeDecodeError) as fault:
+        raise StoreError(f"A feature state of {len(held)} bytes is damaged ({fault}). Rebuild it from the event log.") from fault
+
+
+def _put_int(out: bytearray, n: int) -> None:
+    while n >= 128:
+        out.append(n & 127 | 128)
+        n >>= 7
+    out.append(n)
+
+
+def _put_signed(out: bytearray, n: int) -> None:
+    _put_int(out, n << 1 if n >= 0 else (-n << 1) - 1)
+
+
+def _put_number(out: bytearray, x: float) -> None:
+    """A whole number from 0 on is a varint of twice itself, anything else a 1 and eight bytes."""
+    if 0 <= x < _INTEGERS and x == int(x) and math.copysign(1.0, x) > 0:
+        _put_int(out, int(x) << 1)
+    else:
+        out.append(1)
+        out += _F64.pack(x)
+
+
+def _put_value(out: bytearray, value: Any) -> None:
+    if value is None:
+        out.append(_NONE)
+    elif isinstance(value, str):
+        text = value.encode()
+        out.append(_TEXT)
+        _put_int(out, len(text))
+        out += text
+    elif isinstance(value, tuple):
+        out.append(_AMOUNTS)
+        _put_int(out, len(value))
+        for x in value:
+            _put_number(out, x)
+    else:
+        out.append(_NUMBER)
+        _put_number(out, float(value))
+
+
+def _put_part(out: bytearray, monoid: Any, f: Counted, part: Any) -> None:
+    if isinstance(monoid, Ends):
+        out += _F64.pack(part.time) + _I64.pack(part.position)
+        _put_value(out, part.value)
+    elif isinstance(monoid, Distinct):
+        out += _F64.pack(part[0]) + _U64.pack(part[1])
+    else:
+        if not _timed(monoid, f):
+            if monoid.buckets:
+                _put_signed(out, monoid.bucket(part.last))
+        else:
+            out += _F64.pack(part.first) + _F64.pack(part.last)
+        _put_int(out, len(part.amounts))
+        for x in part.amounts:
+            _put_number(out, x)
+
+
+def _timed(monoid: Tally, f: Counted) -> bool:
+    """Whether a part's exact times say something: for a decay, a recency, a day or a session."""
+    return bool(monoid.half_life_s) or f.config.kind == "recency" or (monoid.until != "now" and not monoid.buckets)
+
+
+class _Reader:
+    def __init__(self, held: bytes) -> None:
+        self.held, self.at = held, 5
+
+    def state(self, group: Group) -> GroupState:
+        newest = self._float()
+        pending = tuple(Event(self._float(), self._unpack(_I64), tuple(self._value() for _ in group.signals)) for _ in range(self._int()))
+        settled = tuple(tuple(self._part(f.monoid, f) for _ in range(self._int())) for f in group.features)
+        return GroupState(newest, pending, settled)
+
+    def _unpack(self, form: struct.Struct) -> Any:
+        (value,) = form.unpack_from(self.held, self.at)
+        self.at += form.size
+        return value
+
+    def _float(self) -> float:
+        return float(self._unpack(_F64))
+
+    def _int(self) -> int:
+        n, shift = 0, 0
+        while True:
+            byte = self.held[self.at]
+            self.at += 1
+            n |= (byte & 127) << shift
+            if byte < 128:
+                return n
+            shift += 7
+
+    def _number(self) -> float:
+        n = self._int()
+        return self._float() if n == 1 else float(n >> 1)
+
+    def _value(self) -> Any:
+        tag = self.held[self.at]
+        self.at += 1
+        if tag == _NONE:
+            return None
+        if tag == _TEXT:
+            n = self._int()
+            self.at += n
+            return self.held[self.at - n : self.at].decode()
+        return tuple(self._number() for _ in range(self._int())) if tag == _AMOUNTS else self._number()
+
+    def _part(self, monoid: Any, f: Counted) -> Any:
+        if isinstance(monoid, Ends):
+            return Entry(self._float(), self._unpack(_I64), self._value())
+        if isinstance(monoid, Distinct):
+            return (self._float(), self._unpack(_U64))
+        if _timed(monoid, f):
+            first, last = self._float(), self._float()
+        elif monoid.buckets:
+            n = self._int()
+            bucket = n >> 1 if not n & 1 else -(n + 1 >> 1)
+            first = last = (bucket + 0.5) * monoid.bucket_s - monoid.offset_s  # the middle: rounding cannot leave the bucket
+        else:
+            first = last = 0.0
+        return Part(first, last, tuple(self._number() for _ in range(self._int())))

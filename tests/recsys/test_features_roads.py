@@ -1,0 +1,158 @@
+"""Two roads, one answer: the streaming states against the batch road at every event of random logs, in order and shuffled."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.core import Vocabulary
+from recsys.data.interactions import Interactions
+from recsys.features.aggregates import AggregateConfig
+from recsys.features.asof import AsOf
+from recsys.features.generate import Instant, screen
+from recsys.features.groups import Row, compiled
+from recsys.features.keys import KeyColumns, TextColumn
+from recsys.features.stream import Stream
+
+HOUR, DAY = 3_600.0, 86_400.0
+GAP_S, LATE_S = 1_800.0, 300.0
+USERS, ITEMS = Vocabulary(["u0", "u1"]), Vocabulary(["i0", "i1", "i2", "i3"])
+COLUMNS = KeyColumns(
+    {"user": {}, "item": {"shop": TextColumn.of([["x"], ["y"], ["x"], []]), "tags": TextColumn.of([["a", "b"], ["b"], [], ["a", "c"]])}},
+    {"user": {}, "item": {"price": np.array([1.0, 2.5, math.nan, 8.0])}},
+)
+DECLARED = {
+    "n": {"kind": "count", "key": "user"},
+    "n_1h": {"kind": "count", "key": "item", "window": "1h"},
+    "n_24h": {"kind": "count", "key": "user", "window": "24h", "events": "click"},
+    "n_days": {"kind": "count", "key": "user", "window": "7d", "until": "day"},
+    "ctr": {"kind": "rate", "key": "item", "of": "click", "prior": 0.3},
+    "ctr_day": {"kind": "rate", "key": "user", "of": "click", "until": "day", "prior": 0.3},
+    "ctr_visit": {"kind": "rate", "key": "user", "of": "click", "until": "session", "prior": 0.3},
+    "ctr_tag": {"kind": "rate", "key": ["user", "tags"], "of": "click", "prior": 0.3, "strength": 2},
+    "ctr_tag_visit": {"kind": "rate", "key": ["user", "tags"], "of": "click", "until": "session", "prior": 0.3},
+    "faded": {"kind": "rate", "key": ["item", "tab"], "of": "click", "decay": "2h", "prior": 0.1},
+    "faded_day": {"kind": "count", "key": "user", "decay": "12h", "until": "day"},
+    "faded_visit": {"kind": "count", "key": "user", "decay": "12h", "until": "session"},
+    "total": {"kind": "sum", "key": "tags"},
+    "spent": {"kind": "mean", "key": "user", "of": "price", "events": "click"},
+    "low": {"kind": "min", "key": "user", "window": "24h"},
+    "high": {"kind": "max", "key": "tags", "of": "price"},
+    "since": {"kind": "recency", "key": "user"},
+    "since_tag": {"kind": "recency", "key": ["user", "tags"], "until": "day"},
+    "hourly": {"kind": "count", "key": ["user", "hour"]},
+    "weekly": {"kind": "count", "key": ["item", "weekday"], "window": "30d"},
+    "newest": {"kind": "last", "key": "user", "n": 3, "events": ["click", "view"]},
+    "newest_value": {"kind": "last", "key": "item", "of": "value", "n": 2, "events": "click"},
+    "oldest": {"kind": "first", "key": "user", "of": "shop", "n": 2, "events": ["click", "view"]},
+    "variety": {"kind": "distinct", "key": "user", "window": "24h", "cap": 3},
+    "reach": {"kind": "distinct", "key": "item", "of": "tab"},
+    "same": {"kind": "match", "of": "shop", "n": 3},
+}
+PLAN = compiled(
+    {name: AggregateConfig.model_validate(a) for name, a in DECLARED.items()}, priors={}, lateness_s=LATE_S, offset_s=8 * HOUR, gap_s=GAP_S
+)
+events = st.lists(
+    st.tuples(
+        st.integers(0, 1),
+        st.integers(0, 3),
+        st.one_of(
+            st.integers(0, 400), st.integers(0, 12), st.integers(0, 200).map(lambda m: m * 60), st.integers(0, 60).map(lambda h: h * 7_201)
+        ),
+        st.booleans(),
+        st.sampled_from(["", "0", "1"]),
+        st.one_of(st.none(), st.integers(-3, 9)),
+        st.integers(0, 299),
+    ),
+    max_size=40,
+)
+
+
+def log_of(rows, *, impressions: bool) -> Interactions:
+    return Interactions.of(
+        [r[0] for r in rows],
+        [r[1] for r in rows],
+        [1.7e9 + r[2] for r in rows],
+        users=USERS,
+        items=ITEMS,
+        event=[int(not r[3]) for r in rows],
+        event_names=("click", "view"),
+        value=[math.nan if r[5] is None else r[5] for r in rows],
+        labels={"click": [float(r[3]) for r in rows]},
+        context={"tab": np.array([r[4] for r in rows], object)},
+        impressions=impressions,
+    )
+
+
+def row_of(log: Interactions, i: int) -> Row:
+    return Row(
+        time=float(log.time[i]),
+        position=i,
+        user_id=f"u{log.user[i]}",
+        item_id=f"i{log.item[i]}",
+        event=log.event_names[log.event[i]],
+        value=float(log.value[i]),
+        labels={"click": float(log.labels["click"][i])},
+        context={"tab": log.context["tab"][i]},
+    )
+
+
+def stream() -> Stream:
+    return Stream(PLAN, USERS, ITEMS, COLUMNS, offset_s=8 * HOUR)
+
+
+def decoded(name: str, values: np.ndarray, asof: AsOf) -> list:
+    """A batch list as the streaming road says it."""
+    kept = [v for v in values.tolist() if not math.isnan(v)]
+    of = DECLARED[name].get("of", "item")
+    return kept if of == "value" else [f"i{int(v)}" if of == "item" else COLUMNS.texts["item"][of].texts[int(v)] for v in kept]
+
+
+def assert_same(batch: dict, at: int, live: dict, asof: AsOf) -> None:
+    for name, value in live.items():
+        if isinstance(value, tuple):
+            assert decoded(name, batch[name][at], asof) == list(value), name
+        else:
+            exact = DECLARED[name]["kind"] in ("count", "distinct", "min", "max", "recency") and "decay" not in DECLARED[name]
+            assert np.isclose(batch[name][at], value, rtol=0 if exact else 1e-9, atol=0, equal_nan=True), (name, batch[name][at], value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=events, impressions=st.booleans())
+def test_streaming_in_order_gives_the_batch_values_at_every_event(rows, impressions):
+    log = log_of(rows, impressions=impressions)
+    asof = AsOf(PLAN, log, COLUMNS, np.ones(len(log), bool), offset_s=8 * HOUR)
+    batch, live = asof.values(asof.at_rows(np.arange(len(log)))), stream()
+    for i in range(len(log)):
+        row = row_of(log, i)
+        at = screen(row.time) if impressions else Instant(row.time, i)
+        assert_same(batch, i, live.values(row.user_id, row.item_id, row.context, at), asof)
+        live.apply(row)
+        for states in (*live.of_user.values(), live.of_items):  # what is stored is what goes on
+            again = live.unpack(live.pack(states))
+            states.clear()
+            states.update(again)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=events)
+def test_events_that_arrive_late_count_at_their_own_time(rows):
+    log = log_of(rows, impressions=True)
+    late = np.array([r[6] for r in sorted(rows, key=lambda r: r[2])], np.float64)
+    arrival = np.argsort(log.time + late, kind="stable")
+    live = stream()
+    for n, i in enumerate(arrival):
+        came = np.sort(arrival[:n])  # the batch road over what has arrived, and whose time lies before the instant
+        row = row_of(log, int(i))
+        if n:
+            arrived = log.where(came)
+            asof = AsOf(PLAN, arrived, COLUMNS, np.ones(n, bool), offset_s=8 * HOUR)
+            asked = AsOf(PLAN, log, COLUMNS, np.ones(len(log), bool), offset_s=8 * HOUR).at_rows(np.array([i]))
+            seen = np.searchsorted(arrived.time, asked.times, "left")
+            context = {"tab": np.array([asof.context["tab"].index.get(str(row.context["tab"]), -1)])}
+            batch = asof.values(asked.__class__(asked.users, asked.items, asked.times, seen, context))
+            assert_same(batch, 0, live.values(row.user_id, row.item_id, row.context, screen(row.time)), asof)
+        live.apply(row)
