@@ -199,12 +199,12 @@ def _bins(report: Document, rows: Sequence[Document], key: str, bins: Sequence[D
     if not values or not bins:
         return ""
     labels = [_range(b) for b in bins]
-    panels = "".join(small_bars(r["model"], r["kind"], r[key], max(values), labels) for r in rows)
+    panels = "".join(small_bars(r["model"], r["kind"], r[key], max(values), [str(b["from"]) for b in bins]) for r in rows)
     counted = next(k for k in bins[0] if k not in ("from", "to"))
     sizes = ", ".join(f"{label}: {b[counted]:,}" for label, b in zip(labels, bins, strict=True))
     measure = report["lead"] if key == "by_history" or report["protocol"] == "ctr" else "share of sought items found in the first 10"
     unit = {"users": "users", "items": "sought items", "rows": "test rows"}[counted]
-    return f'<div class="small">{panels}</div><p class="note">{escape(measure)} by {escape(what)}, one scale for all. {unit.capitalize()} in each: {sizes}.</p>'
+    return f'<div class="small">{panels}</div><p class="note">{escape(measure)} by {escape(what)}, one scale for all; a bar is named by where its bin begins. {unit.capitalize()} in each: {sizes}.</p>'
 
 
 def _range(b: Document) -> str:

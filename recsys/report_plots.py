@@ -215,7 +215,7 @@ def waterfall(title: str, kept: Mapping[str, float]) -> str:
 
 def small_bars(name: str, kind: str, values: Sequence[float | None], top: float, labels: Sequence[str]) -> str:
     """One row's bars over bins, on the scale 0..top that all its neighbours share."""
-    width, lower, upper = 150.0, 78.0, 20.0
+    width, lower, upper = 150.0, 88.0, 30.0
     slot = (width - 4) / max(len(values), 1)
     body = [text(2, 11, name, cls=f"label {kind}"), f'<line class="zero" x1="2" x2="{width - 2}" y1="{lower}" y2="{lower}"/>']
     for i, value in enumerate(values):

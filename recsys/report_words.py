@@ -45,9 +45,9 @@ header p{margin:.2rem 0 1.2rem;color:var(--soft)}header b{color:var(--ink)}h2{fo
 section{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:1rem;margin:0 0 1rem}
 figure{margin:0;max-width:33rem}figcaption,.note{color:var(--soft);font-size:.84rem;margin:.35rem 0 0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1.2rem}
-.small{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.2rem,1fr));gap:.7rem .9rem}
+.small{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.7rem .9rem}
 svg{display:block;width:100%;height:auto;overflow:visible}section>svg{max-width:33rem}
-svg text{fill:var(--ink);font:11.5px system-ui,-apple-system,"Segoe UI",sans-serif}svg .tick{fill:var(--soft);font-size:10.5px}svg .tiny{fill:var(--soft);font-size:7.6px}
+svg text{fill:var(--ink);font:11.5px system-ui,-apple-system,"Segoe UI",sans-serif}svg .tick{fill:var(--soft);font-size:10.5px}svg .tiny{fill:var(--soft);font-size:9px}
 svg .num{font-variant-numeric:tabular-nums}.grid{stroke:var(--rule)}.zero{stroke:var(--soft)}.curve{fill:none;stroke-width:2}.curve.faint{stroke-width:1;opacity:.4}
 .whisker{stroke-width:2;opacity:.55;stroke-linecap:round}.lost{fill:var(--lost)}
 circle.channel,rect.channel{fill:var(--channel)}circle.stage,rect.stage{fill:var(--stage)}circle.baseline,rect.baseline{fill:var(--baseline)}circle.ranker,rect.ranker{fill:var(--ranker)}

@@ -37,7 +37,10 @@ def read_negatives(config: NegativesConfig, resolve: Resolver, users: Vocabulary
     path = resolve(config.path)
     if is_ncf(path):
         return _ncf(path, users, items)
-    past = read_history(config, resolve, Account())
+    try:
+        past = read_history(config, resolve, Account())
+    except DataError as error:
+        raise DataError(f"evaluate.given, read as data.history is: {error}") from error
     user_rows, item_rows = users.rows(past.users.ids), items.rows(past.items.ids)
     if not (user_rows != UNKNOWN).any():
         raise DataError(f"evaluate.given: no user of '{path}' is in the log. Check its columns '{config.user}' and '{config.items}'.")
