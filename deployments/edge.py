@@ -186,6 +186,15 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 
         return _response(await answered(handler, b"", request_id), request_id)
 
+    @api.get("/v1/users/{user_id:path}/similar", responses={404: {"model": FaultAnswer}}, summary="A user's neighbours, as of now")
+    async def similar_users(user_id: str, request: Request, k: int = 10) -> Response:
+        request_id = _request_id(request.scope)
+
+        async def handler(_: bytes, request_id: str) -> Reply:
+            return Reply(200, await service.similar_users(user_id, k, request_id))
+
+        return _response(await answered(handler, b"", request_id), request_id)
+
     @api.get("/healthz", summary="The process answers")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}

@@ -66,6 +66,12 @@ class Handles:
         )
         return found
 
+    def similar_users(self, version: str, queries: Queries, k: int, left_s: float) -> Awaitable[list[tuple[str, float]]]:
+        """A user's neighbours, by the recall stage."""
+        handle = self._handles[STAND_IN if STAND_IN in self._handles else "recall"]
+        found: Awaitable[list[tuple[str, float]]] = handle.similar_users.remote(version, queries, k, 1000 * left_s)
+        return found
+
     async def why_not(self, version: str) -> str | None:
         """Why the stages cannot serve a version yet; None where every replica of each holds it."""
         for name, handle in self._handles.items():
@@ -102,6 +108,7 @@ class Gateway:
             elsewhere=self._handles.stages(),
             rank_elsewhere=self._handles.rank if "fine_rank" in handles else None,
             similar_elsewhere=self._handles.similar if "recall" in handles else None,
+            similar_users_elsewhere=self._handles.similar_users if "recall" in handles else None,
             monitor=ServeMonitor(),
             why_not=self._handles.why_not if handles else None,
         )

@@ -1,4 +1,4 @@
-"""The recall stage as a deployment: all channels and their merge, and an item's neighbours."""
+"""The recall stage as a deployment: all channels and their merge, and the neighbours of an item or a user."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ class Recall(Stage):
         """The k nearest items. Raises RequestError for an unknown item."""
         funnel = self.rollout.funnel(version)
         return await self.in_time(lambda: funnel.similar(item_id, k), left_ms)
+
+    async def similar_users(self, version: str, queries: Queries, k: int, left_ms: float) -> list[tuple[str, float]]:
+        """The k users nearest to the one query."""
+        funnel = self.rollout.funnel(version)
+        return await self.in_time(lambda: funnel.similar_users(queries, k), left_ms)

@@ -46,6 +46,12 @@ class SimilarCall(Protocol):
     def __call__(self, version: str, item_id: str, k: int, left_s: float) -> Awaitable[list[tuple[str, float]]]: ...
 
 
+class SimilarUsersCall(Protocol):
+    """The neighbours of the user of a batch of one, elsewhere."""
+
+    def __call__(self, version: str, queries: Queries, k: int, left_s: float) -> Awaitable[list[tuple[str, float]]]: ...
+
+
 class Service:
     """The gateway of one process. `elsewhere` are the stages of their own deployment; all others run in this process."""
 
@@ -58,11 +64,13 @@ class Service:
         elsewhere: Mapping[str, StageCall] | None = None,
         rank_elsewhere: RankCall | None = None,
         similar_elsewhere: SimilarCall | None = None,
+        similar_users_elsewhere: SimilarUsersCall | None = None,
         monitor: Monitor | None = None,
         why_not: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> None:
         self.config, self.rollout, self.store = config, rollout, store
         self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
+        self._similar_users_elsewhere = similar_users_elsewhere
         self._monitor, self._why_not = monitor or Monitor(), why_not
         at_once = AT_ONCE[not elsewhere]
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="funnel")
@@ -198,6 +206,36 @@ class Service:
             raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
         items = [{"item_id": i, "score": s} for i, s in found]
         return orjson.dumps({"request_id": request_id, "item_id": item_id, "items": items, "model_version": funnel.version})
+
+    async def similar_users(self, user_id: str, k: int, request_id: str) -> bytes:
+        """The answer of GET /v1/users/{id}/similar as JSON, by what the user did until now. Raises RequestError (404: nobody to compare)."""
+        check_id("user_id", user_id, self.config.limits)
+        check_k(k, self.config.limits)
+        funnel, deadline = self.rollout.funnel(), self._deadline(None)
+        row = Row(FunnelRequest(user_id, k, unix_now()), deadline, asyncio.get_running_loop().create_future())
+        degraded = await self._ladder.fill_states([row], {})
+        elsewhere = self._similar_users_elsewhere
+        try:
+            queries = await self._in_thread(lambda: funnel.queries([row.request]), deadline)
+            funnel.check_similar_users(queries)
+            if elsewhere is None:
+                found = await self._in_thread(lambda: funnel.similar_users(queries, k), deadline)
+            else:
+                found = await called_twice(lambda left_s: elsewhere(funnel.version, queries, k, left_s), deadline)
+        except RequestError:
+            raise
+        except Exception as error:
+            log.warning("Neighbours of a user are not to be had: %s", error or type(error).__name__)
+            raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
+        return orjson.dumps(
+            {
+                "request_id": request_id,
+                "user_id": user_id,
+                "users": [{"user_id": u, "score": s} for u, s in found],
+                "model_version": funnel.version,
+                "degraded": [note.shown() for note in degraded],
+            }
+        )
 
     # ---- events ---------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from recsys.models.two_tower import TwoTower
 from recsys.prepared import load_columns
 from recsys.recall.merge import MergeConfig, merge
 from recsys.recall.popular import first_of
+from recsys.recall.user_cf import UserCF, UserCFConfig
 
 STAGES = ("recall", "coarse_rank", "fine_rank", "rerank")
 POPULAR = "popular"
@@ -271,6 +272,24 @@ class Funnel:
         near[0, row] = -np.inf
         items, scores = top_k(near, k)
         return list(zip(self.items.outside(items[0]), map(float, scores[0]), strict=True))
+
+    def check_similar_users(self, queries: Queries) -> None:
+        """RequestError (404) where `similar_users` has no answer to a batch of one: no such channel, or a user without any event."""
+        if not any(isinstance(c, UserCFConfig) for c in self.config.recall.channels.values()):
+            text = f"Version {self.version} has no channel that compares users. Add user_cf to recall.channels and train again."
+            raise RequestError("no_similar_users", text, status=404)
+        if queries.users[0] == UNKNOWN and not (queries.history[0] != UNKNOWN).any():
+            text = f"User '{queries.user_ids[0][:80]}' is not in version {self.version} and has done nothing since."
+            raise RequestError("unknown_user", text, field="user_id", status=404)
+
+    def similar_users(self, queries: Queries, k: int) -> list[tuple[str, float]]:
+        """The k users nearest to the history of the one query, live events included, by the first channel that compares users."""
+        for channel in self.channels.values():
+            if isinstance(channel, UserCF):
+                users, scores = channel.similar_users(queries, k)
+                known = users[0] != UNKNOWN
+                return list(zip(self.users.outside(users[0][known]), map(float, scores[0][known]), strict=True))
+        raise BundleError("This funnel was loaded without a channel that compares users. Load it with stages=('recall', …).")
 
     # ---- what several stages need, computed once a batch ----------------------------------------------------------
 

@@ -109,6 +109,14 @@ class StandIn:
             raise RequestError("unknown_item", "unknown", status=404)
         return [(f"i{row + n}", 1.0 / n) for n in range(1, k + 1) if row + n < N]
 
+    def check_similar_users(self, queries: Queries) -> None:
+        if queries.users[0] < 0 and not queries.history.size:
+            raise RequestError("unknown_user", "unknown", field="user_id", status=404)
+
+    def similar_users(self, queries: Queries, k: int) -> list[tuple[str, float]]:
+        self._at("similar_users")
+        return [(f"{queries.user_ids[0]}, {queries.history.shape[1]} events, {n}", 1.0 / n) for n in range(1, k + 1)]
+
     def page(self, queries: Queries, candidates: Candidates) -> list[list[PageItem]]:
         pages = []
         for b in range(len(queries)):

@@ -359,6 +359,58 @@ class TestSimilar:
         assert once("GET", f"/v1/items/{'x' * 10_240}/similar").json["error"]["code"] == "id_too_long"
 
 
+class TestSimilarUsers:
+    def test_neighbours_of_a_user_follow_from_what_he_did_until_now(self) -> None:
+        async def script(say: Any) -> tuple[Heard, Heard]:
+            before = await say("GET", "/v1/users/u7/similar", query="k=2")
+            await say("POST", "/v1/events", orjson.dumps(event(user_id="u7", item_id="i3")))
+            return before, await say("GET", "/v1/users/u7/similar", query="k=1")
+
+        before, after = talk(script)
+        assert before.json["users"] == [{"user_id": "u7, 0 events, 1", "score": 1.0}, {"user_id": "u7, 0 events, 2", "score": 0.5}]
+        assert after.json["users"] == [{"user_id": "u7, 1 events, 1", "score": 1.0}]
+        assert (after.json["user_id"], after.json["model_version"], after.json["degraded"]) == ("u7", V1, [])
+
+    def test_without_a_store_the_training_log_is_what_is_known(self) -> None:
+        heard = once("GET", "/v1/users/u7/similar", store=DownStore())
+        assert heard.status == 200
+        assert heard.json["degraded"] == [{"stage": "user_state", "rung": "stale", "reason": "unavailable"}]
+
+    @pytest.mark.parametrize(
+        ("path", "query", "status", "code"),
+        [
+            ("nobody", "", 404, "unknown_user"),
+            ("a/b/ü 商", "", 404, "unknown_user"),
+            ("u7", "k=0", 422, "k_out_of_range"),
+            ("u7", "k=many", 422, "wrong_type"),
+            ("x" * 10_240, "", 422, "id_too_long"),
+        ],
+    )
+    def test_what_cannot_be_answered_is_told(self, path: str, query: str, status: int, code: str) -> None:
+        heard = once("GET", f"/v1/users/{path}/similar", query=query)
+        assert (heard.status, heard.json["error"]["code"]) == (status, code)
+
+    def test_a_fault_of_the_stage_is_a_503(self) -> None:
+        heard = once("GET", "/v1/users/u7/similar", funnel=StandIn(V1, break_at="similar_users"))
+        assert (heard.status, heard.json["error"]["code"]) == (503, "unavailable")
+
+    def test_a_stage_of_its_own_gets_the_queries(self) -> None:
+        async def elsewhere(version: str, queries: Any, k: int, left_s: float) -> list[tuple[str, float]]:
+            assert left_s > 0
+            return [(f"{version}: {queries.user_ids[0]} elsewhere", float(k))]
+
+        async def run() -> Heard:
+            registry = StandInRegistry(**{V1: StandIn(V1)})
+            registry.named = {"production": V1}
+            rollout = Rollout(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
+            rollout.start()
+            rollout.stop()
+            edge = Edge(Service(ServeConfig(), rollout, MemoryStore(), similar_users_elsewhere=elsewhere))
+            return await speak(edge, "GET", "/v1/users/u1/similar", query="k=3")
+
+        assert asyncio.run(run()).json["users"] == [{"user_id": f"{V1}: u1 elsewhere", "score": 3.0}]
+
+
 class TestTheRest:
     def test_health_readiness_and_version(self) -> None:
         assert once("GET", "/healthz").json == {"status": "ok"}
@@ -401,6 +453,7 @@ class TestTheRest:
             "/v1/rank",
             "/v1/events",
             "/v1/items/{item_id}/similar",
+            "/v1/users/{user_id}/similar",
             "/healthz",
             "/readyz",
             "/v1/version",

@@ -55,6 +55,7 @@ def test_explain_names_channels_and_every_stage(fused: Live) -> None:
         ("POST", "/v1/events", [], 422, "empty_list"),
         ("POST", "/v1/events", [{"user_id": "u", "item_id": "i", "event": "e"}] * 10_001, 422, "too_many_events"),
         ("GET", "/v1/items/a/b%2Fc%20%E5%95%86/similar", None, 404, "unknown_item"),
+        ("GET", "/v1/users/u1/similar", None, 404, "no_similar_users"),
         ("GET", "/nowhere", None, 404, "not_found"),
         ("GET", "/v1/recommend", None, 405, "method_not_allowed"),
     ],

@@ -1,15 +1,18 @@
 """The funnel on a small real bundle: what is loaded equals what was trained, batches equal singles, rungs stand alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from recsys import packing
 from recsys.core import UNKNOWN
+from recsys.data.interactions import Interactions
 from recsys.errors import BundleError, RequestError
 from recsys.features.store import StoredEvent
 from recsys.funnel import Funnel, FunnelRequest
+from recsys.recall.user_cf import UserCFConfig
 from tests.small import Small
 
 AT = 1_700_100_000.0
@@ -140,6 +143,33 @@ def test_similar_items_share_users(funnel):
 def test_an_unknown_item_has_no_similar_ones(funnel):
     with pytest.raises(RequestError, match="not in version"):
         funnel.similar("what", 3)
+
+
+def test_similar_users_share_items_live_events_included(funnel):
+    log = Interactions.of(
+        np.repeat(np.arange(len(funnel.users)), np.diff(funnel.past.indptr)), funnel.past.items, users=funnel.users, items=funnel.items
+    )
+    config = funnel.config.model_copy(deep=True)
+    config.recall.channels["user_cf"] = UserCFConfig()
+    comparing = replace(funnel, config=config, channels={**funnel.channels, "user_cf": UserCFConfig().build().fit(log)})
+    live = [clicked(f"i{n}") for n in (3, 5, 7)]
+    for asked, parity in ((request("u4"), 0), (request("nobody", events=live), 1)):
+        queries = comparing.queries([asked])
+        comparing.check_similar_users(queries)
+        users = comparing.similar_users(queries, 4)
+        assert len(users) == 4
+        assert all(int(u[1:]) % 2 == parity and u != asked.user_id for u, _ in users)
+    with pytest.raises(RequestError, match=r"User 'nobody' is not in version .* and has done nothing since") as unknown:
+        comparing.check_similar_users(comparing.queries([request("nobody")]))
+    assert (unknown.value.code, unknown.value.status) == ("unknown_user", 404)
+
+
+def test_a_funnel_that_compares_no_users_says_what_to_add(funnel):
+    queries = funnel.queries([request("u1")])
+    with pytest.raises(RequestError, match=r"no channel that compares users\. Add user_cf to recall.channels"):
+        funnel.check_similar_users(queries)
+    with pytest.raises(BundleError, match="loaded without a channel that compares users"):
+        funnel.similar_users(queries, 3)
 
 
 def test_a_channel_that_fails_is_named_and_the_page_goes_on(funnel):
