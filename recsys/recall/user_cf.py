@@ -37,7 +37,7 @@ class UserCFConfig(FrozenConfig):
     """Pulls the similarity of users with little in common towards zero."""
     minimum: NonNegativeFloat = 0.0
     """Similarities at or below this are dropped."""
-    weighting: Weighting = "iuf"
+    weighting: Weighting = "tf_idf"
     """`none`: as they are. `iuf` lets popular items count less: 1 / log(1 + their users). `tf_idf` and `bm25` weigh as in text
     search, an item being a term and a user a document; `bm25` then takes the dot product instead of the cosine."""
     values: Literal["binary", "count"] = "binary"
