@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from recsys import channels, examples
+from recsys import blending, channels, examples
 from recsys.config import ChannelConfig, Config
 from recsys.core import Recaller
 from recsys.data.interactions import Interactions
@@ -35,6 +35,7 @@ from recsys.held_out import HeldOut, after_training, before_first
 from recsys.models.two_tower import TwoTower
 from recsys.moments import Moments
 from recsys.prepared import Prepared
+from recsys.recall.merge import MergeConfig
 from recsys.recall.popular import PopularConfig
 from recsys.training import ModelConfig, TrainingConfig
 
@@ -67,6 +68,10 @@ def cut(prepared: Prepared, config: Config) -> Cut:
     train = np.flatnonzero(split.train)
     if split.by == "leave_one_out":
         in_window = _last_of_each_user(log_, split.train & log_.positive, config.examples.window_events)
+    elif split.by == "random":  # the newest share would be users whom base does not know at all
+        in_window = np.zeros(len(log_), bool)
+        n = len(train) - int(len(train) * (1 - config.examples.window_share))
+        in_window[np.random.default_rng(config.seed).choice(train, n, replace=False)] = True
     else:
         in_window = np.zeros(len(log_), bool)
         in_window[train[int(len(train) * (1 - config.examples.window_share)) :]] = True
@@ -201,6 +206,26 @@ class Recipe:
 
     # ---- the funnel -----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def merging(self) -> MergeConfig:
+        """The merge in force. Where it is learnt, then from the base funnel: before any example is drawn through it."""
+        given = self.config.recall.merge
+        if not given.learn:
+            return given
+        cut = self.cut
+        found = blending.blend(
+            lambda: self.funnel(cut.base_mask, self.base_tower, None, merge=given),
+            lambda most: blending.questions(
+                self.prepared, self.moments, cut.base_mask, np.concatenate([cut.window, cut.valid]), most=most, seed=self.config.seed
+            ),
+            given,
+            self.folder,
+            seed=self.config.seed,
+        )
+        for sentence in blending.told(found):
+            self.say(sentence)
+        return found.config(given)
+
     def judged(self) -> Funnel:
         """The funnel that the test judges."""
         mask = self.cut.judged_mask
@@ -219,13 +244,18 @@ class Recipe:
         *,
         configs: Mapping[str, ChannelConfig] | None = None,
         already: Mapping[str, Recaller] | None = None,
+        merge: MergeConfig | None = None,
     ) -> Funnel:
         """A funnel whose channels know the rows of `mask` (E,) and nothing else.
 
         Without a tower it has no coarse stage and no vector channel. `configs` stand in for the configured channels; those
-        in `already` were fitted on the same rows.
+        in `already` were fitted on the same rows. `merge` stands in for the merge in force.
         """
         p, config = self.prepared, self.config
+        if merge is None:
+            merge = self.merging if tower_folder and configs is None else config.recall.merge
+        if merge is not config.recall.merge:
+            config = config.model_copy(update={"recall": config.recall.model_copy(update={"merge": merge})})
         known = p.log.where(mask)
         tower = TwoTower.load(tower_folder) if tower_folder else None
         vectors = tower.item_vectors(p.item_columns) if tower else None

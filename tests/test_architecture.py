@@ -25,7 +25,7 @@ LAYERS = (
     ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
     ("bundle", "prepared", "onboarding"),
     ("channels", "funnel"),
-    ("examples", "packing", "recipe", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
+    ("examples", "packing", "blending", "recipe", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc", "shared", "tools"}

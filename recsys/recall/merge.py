@@ -36,6 +36,9 @@ class MergeConfig(FrozenConfig):
     """Items taken from a channel, by its name."""
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Weight of a channel, by its name; 1 where absent."""
+    learn: bool = False
+    """Learn weights and method on validation data when the recommender is trained. Those above are the start, and what stays
+    where nothing does clearly better."""
     minimum_share: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Share of `limit` that a channel's first items are sure of, by its name; together at most 1."""
 
