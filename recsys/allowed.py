@@ -67,6 +67,10 @@ class Allowed:
         for f in np.unique(self.of).tolist():
             yield (None if f < 0 else self.masks[f]), np.flatnonzero(self.of == f)
 
+    def of_rows(self, rows: np.ndarray) -> Allowed:
+        """The same for a channel that numbers items anew: its row r is item rows[r]."""
+        return Allowed(tuple(Mask(mask.items[rows]) for mask in self.masks), self.of)
+
     def bar(self, scores: np.ndarray, value: float = -np.inf) -> None:
         """Write `value` into (B, I) scores wherever an item is not allowed."""
         for mask, rows in self.groups():

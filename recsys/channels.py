@@ -2,7 +2,8 @@
 
 To add a channel: one file under recall/ with its config (see ItemCF), its class in `recsys.config.ChannelConfig`, and a
 contract test. A channel leaves out what a query must not see inside its search: `queries.bar(scores)` does it for dense
-(B, I) scores; links, vector indexes and `exact_search` take `queries.exclude` and `queries.allowed` as they are. Only a channel that needs more than the log (vectors, another channel's neighbours) has a line here.
+(B, I) scores; links, vector indexes and `exact_search` take `queries.exclude` and `queries.allowed` as they are. Only a
+channel that needs more than the log (tables, vectors, another channel's neighbours) has a line here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import numpy as np
 from recsys.config import ChannelConfig
 from recsys.core import Queries, Recaller
 from recsys.data.interactions import Interactions
+from recsys.features.catalogue import Catalogue
+from recsys.recall.column_vector import ColumnVectorConfig
+from recsys.recall.content import ContentConfig
+from recsys.recall.popular_segment import SegmentPopularConfig
 from recsys.recall.realtime import RealtimeConfig
+from recsys.recall.taste import typical_users
 from recsys.recall.vector import EncodesUsers, VectorConfig, VectorRecaller
 
 Encode = Callable[[Queries], np.ndarray]
@@ -25,7 +31,7 @@ Channels = dict[str, Recaller]
 
 def alone(config: ChannelConfig) -> bool:
     """Whether a channel is fitted on the log and nothing else, so that it can be fitted anywhere."""
-    return not isinstance(config, VectorConfig | RealtimeConfig)
+    return not isinstance(config, VectorConfig | RealtimeConfig | ContentConfig | ColumnVectorConfig | SegmentPopularConfig)
 
 
 def fit(
@@ -34,13 +40,17 @@ def fit(
     *,
     vectors: np.ndarray | None,
     encode: Encode,
+    items: Catalogue | None = None,
+    users: Catalogue | None = None,
     already: Mapping[str, Recaller] | None = None,
 ) -> Channels:
     """Every channel fitted on the positives of `log`, in the order of the configuration.
 
     vectors (I, d) are the two-tower's item vectors (None: it was not trained, and its channel is left out); `encode` gives
-    the user vectors of a batch of queries. `already` are channels fitted elsewhere on the same log, taken as they are.
+    the user vectors of a batch of queries. items and users are what the tables say of them (None: nothing).
+    `already` are channels fitted elsewhere on the same log, taken as they are.
     """
+    items, users = items or Catalogue(log.n_items), users or Catalogue(log.n_users)
     fitted: dict[str, Any] = dict(already or {})
     leaning: list[str] = []
     for name, config in configs.items():
@@ -48,7 +58,9 @@ def fit(
             continue
         if isinstance(config, VectorConfig):
             if vectors is not None:
-                fitted[name] = VectorRecaller(name, encode, config.build().fit(vectors))
+                fitted[name] = VectorRecaller(name, encode, config.build().fit(vectors, encode(typical_users(log))))
+        elif isinstance(config, ContentConfig | ColumnVectorConfig | SegmentPopularConfig):
+            fitted[name] = config.build().fit(log, items, users)
         elif isinstance(config, RealtimeConfig):
             leaning.append(name)
         else:

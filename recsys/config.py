@@ -30,13 +30,17 @@ from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.places import Places
 from recsys.recall.bpr import BPRConfig
+from recsys.recall.column_vector import ColumnVectorConfig
+from recsys.recall.content import ContentConfig
 from recsys.recall.ease import EASEConfig
 from recsys.recall.ials import IALSConfig
 from recsys.recall.markov import MarkovConfig
 from recsys.recall.merge import MergeConfig
 from recsys.recall.neighbors import ItemCFConfig
 from recsys.recall.popular import PopularConfig
+from recsys.recall.popular_segment import SegmentPopularConfig
 from recsys.recall.realtime import RealtimeConfig
+from recsys.recall.trending import TrendingConfig
 from recsys.recall.user_cf import UserCFConfig
 from recsys.recall.vector import VectorConfig
 from recsys.rerank.diversity import MMRConfig
@@ -50,9 +54,13 @@ ChannelConfig = Annotated[
     | IALSConfig
     | BPRConfig
     | MarkovConfig
+    | ContentConfig
     | PopularConfig
+    | SegmentPopularConfig
+    | TrendingConfig
     | RealtimeConfig
-    | VectorConfig,
+    | VectorConfig
+    | ColumnVectorConfig,
     Field(discriminator="type"),
 ]
 CHANNELS = tuple(tag for member in flatten(ChannelConfig) if (tag := tag_of(member)) is not None)

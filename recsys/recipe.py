@@ -279,7 +279,9 @@ class Recipe:
             titles=p.titles,
         )
         wanted = config.recall.channels if configs is None else configs
-        funnel.channels = channels.fit(wanted, known, vectors=vectors, encode=funnel.user_vectors, already=already)
+        funnel.channels = channels.fit(
+            wanted, known, vectors=vectors, encode=funnel.user_vectors, items=p.catalogue, users=p.profiles, already=already
+        )
         return funnel
 
     def held_out(self, protocol: str | None = None) -> HeldOut:

@@ -248,7 +248,7 @@ class Bins:
 
 @dataclass
 class Vector:
-    """vector: cells of `width` floats, as lists or as text -> (n, width) float32; another length or a NaN counts as missing: zeros."""
+    """vector: cells of `width` floats, as lists or as text ("1,2", "[1, 2]", "1 2") -> (n, width) float32; another length or a NaN counts as missing: zeros."""
 
     width: int
     separator: str = ","
@@ -260,7 +260,8 @@ class Vector:
 
     def _floats(self, value: Any) -> np.ndarray:
         if isinstance(value, str):
-            value = [part for part in value.split(self.separator) if part.strip()]
+            text = value.strip().removeprefix("[").removesuffix("]")  # as JSON and numpy write lists
+            value = [part for part in text.split(self.separator if self.separator in text else None) if part.strip()]
         if not isinstance(value, list | tuple | np.ndarray) or len(value) != self.width:
             return self.missing
         out = as_floats(value)

@@ -61,13 +61,7 @@ class Popular:
     def fit(self, interactions: Interactions) -> Self:
         """Count the positives of the log."""
         positives = interactions.positives()
-        half_life_h = self.config.half_life_h
-        if half_life_h is not None and not interactions.has_time:
-            log.info("popular counts all events alike (half_life_h=%g has no meaning: the log has no times)", half_life_h)
-            half_life_h = None
-        weight = None
-        if half_life_h is not None and len(interactions):
-            weight = 0.5 ** ((interactions.time[-1] - positives.time) / 3600 / half_life_h)
+        weight = fading(positives, interactions, self.config.half_life_h, self.name)
         return self._rank(np.bincount(positives.item, weight, minlength=interactions.n_items).astype(np.float32))
 
     def _rank(self, counts: np.ndarray) -> Self:
@@ -90,6 +84,17 @@ class Popular:
     def load(cls, folder: Path, config: PopularConfig) -> Self:
         """Read what `save` wrote."""
         return cls(config)._rank(np.load(folder / "counts.npy"))
+
+
+def fading(positives: Interactions, interactions: Interactions, half_life_h: float | None, channel: str) -> np.ndarray | None:
+    """(E,) weight of each positive by its age at the end of the log; None where all count alike."""
+    if half_life_h is None or not len(interactions):
+        return None
+    if not interactions.has_time:
+        log.info("%s counts all events alike (half_life_h=%g has no meaning: the log has no times)", channel, half_life_h)
+        return None
+    weight: np.ndarray = 0.5 ** ((interactions.time[-1] - positives.time) / 3600 / half_life_h)
+    return weight
 
 
 def first_of(order: np.ndarray, queries: Queries, k: int) -> np.ndarray:

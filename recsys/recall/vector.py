@@ -36,6 +36,9 @@ EXACT_SHARE = 0.05
 would meet mostly items that it may not return."""
 
 
+IndexKind = Literal["auto", "flat", "ivf", "hnsw"]
+
+
 class EncodesUsers(Protocol):
     """What turns queries into vectors in the space of the items: the funnel, with its two-tower."""
 
@@ -47,7 +50,7 @@ class EncodesUsers(Protocol):
 class VectorConfig(FrozenConfig):
     type: Literal["two_tower"] = "two_tower"
     """Items whose vectors lie nearest to the user's, by the model of the section two_tower."""
-    kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto"
+    kind: IndexKind = "auto"
     """`flat` compares with every item; `hnsw` walks a graph; `ivf` looks into the nearest clusters. `auto` chooses by size."""
     flat_below: PositiveInt = 10_000
     """`auto` is exact below this many items: fast enough, and nothing is lost."""
@@ -102,7 +105,7 @@ class VectorIndex:
     # Building.
 
     def fit(self, vectors: np.ndarray, queries: np.ndarray | None = None) -> Self:
-        """Index (n_items, d) vectors; `queries` (q, d) are typical user vectors to tune on, absent: some of the items."""
+        """Index (n_items, d) vectors; `queries` (q, d) are typical user vectors to tune on (rows of NaN say nothing); absent: items."""
         vectors = np.ascontiguousarray(vectors, np.float32)
         n, d = vectors.shape
         gpu = _gpu_wanted(self.config.device)
@@ -123,8 +126,10 @@ class VectorIndex:
         self.index.add(vectors)
         self._place(gpu)
         if self.kind != "flat":
-            sample = np.random.default_rng(self.config.seed).choice(n, min(n, 256), replace=False)
-            self._tune(vectors, vectors[np.sort(sample)] if queries is None else np.ascontiguousarray(queries[:256], np.float32))
+            asked = np.empty((0, d), np.float32) if queries is None else queries[np.isfinite(queries).all(1)][:256]
+            if not len(asked):
+                asked = vectors[np.sort(np.random.default_rng(self.config.seed).choice(n, min(n, 256), replace=False))]
+            self._tune(vectors, np.ascontiguousarray(asked, np.float32))
         return self
 
     def _choose(self, n: int, gpu: bool) -> Literal["flat", "ivf", "hnsw"]:

@@ -1,0 +1,172 @@
+"""Content: items made of the same things as those of the history, for items and users that nobody has met yet.
+
+A user is the mean of what he took, newer events counting more, and of the interests that his profile declares. An item needs
+no event, only a row in the item table.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from recsys.core import FrozenConfig, Queries
+from recsys.data.columns import ColumnConfig
+from recsys.data.interactions import Interactions
+from recsys.errors import ConfigError, NotFittedError
+from recsys.features.catalogue import LISTED, Catalogue, Values, texts_of
+from recsys.recall.content_space import ContentSpace
+from recsys.recall.links import recency
+from recsys.recall.taste import tastes, typical_users, unit
+from recsys.recall.vector import IndexKind, VectorConfig, VectorIndex
+
+log = logging.getLogger(__name__)
+
+
+class ContentConfig(FrozenConfig):
+    type: Literal["content"] = "content"
+    """What is made of the same things as the history: tags, words, numbers, given vectors. New items and users have answers."""
+    columns: dict[str, NonNegativeFloat] | None = None
+    """Item column -> its weight. null: every declared item column, weight 1."""
+    interests: dict[str, str] = Field(default_factory=dict)
+    """User column -> item column that it speaks of, such as likes: genres. Columns read from one name in both tables need no line."""
+    interest_weight: NonNegativeFloat = 1.0
+    """A declared interest counts like so many newest events, so that it leads while there are few."""
+    dim: PositiveInt = 128
+    """Floats that all values and words are folded into; as many or fewer are kept as they are."""
+    decay: float = Field(0.95, gt=0, le=1)
+    """An event counts this much less than the next newer one; 1: all alike."""
+    half_life_h: PositiveFloat | None = None
+    """Hours in which an event of the history loses half its weight; null: it keeps it."""
+    kind: IndexKind = "auto"
+    """How vectors are searched; see the channel two_tower."""
+    recall_goal: float = Field(0.98, gt=0, le=1)
+    """Share of the exact 100 nearest that an approximate index must find."""
+
+    def build(self) -> Content:
+        """The channel, not yet fitted."""
+        return Content(self)
+
+    def load(self, folder: Path, _funnel: object = None) -> Content:
+        """The channel that was saved in `folder`."""
+        return Content.load(folder, self)
+
+
+class Content:
+    """score(user, item) = cosine of the item and the weighted mean of the history and the declared interests."""
+
+    name = "content"
+
+    def __init__(self, config: ContentConfig) -> None:
+        self.config = config
+        self._space: ContentSpace | None = None
+        self._index: VectorIndex | None = None
+        self._declared: dict[str, tuple[str, ColumnConfig]] = {}
+        """User column -> the item column it speaks of, and how its cells are read."""
+        self._interests: dict[str, Values] = {}
+
+    @property
+    def space(self) -> ContentSpace:
+        """What turns columns into vectors."""
+        if self._space is None:
+            raise NotFittedError("Content has no vectors yet. Call fit(interactions, items, users) first.")
+        return self._space
+
+    @property
+    def index(self) -> VectorIndex:
+        """The items' vectors."""
+        if self._index is None:
+            raise NotFittedError("Content has no vectors yet. Call fit(interactions, items, users) first.")
+        return self._index
+
+    def fit(self, interactions: Interactions, items: Catalogue, users: Catalogue | None = None) -> Self:
+        """Vectors of all items of the catalogue. ConfigError where a named column is not declared, or none is."""
+        c, users = self.config, users if users is not None else Catalogue(interactions.n_users)
+        known = {*items.values, *items.numbers, *items.vectors}
+        if unknown := sorted({*(c.columns or {}), *c.interests.values()} - known):
+            raise ConfigError(f"recall channel content names '{unknown[0]}', which no item column declares. Known: {_listed(known)}.")
+        if unknown := sorted(set(c.interests) - set(users.values)):
+            raise ConfigError(
+                f"recall channel content: interests names '{unknown[0]}', no user column of values. Known: {_listed(users.values)}."
+            )
+        weights: Mapping[str, float] = c.columns if c.columns is not None else dict.fromkeys(known, 1.0)
+        if not any(weights.values()):
+            raise ConfigError(
+                "recall channel content has no item column to compare by. Declare data.items.columns, or take the channel out."
+            )
+        self._space = ContentSpace.fit(items, weights, c.dim)
+        for name, target in (_alike(users, items) | c.interests).items():
+            if target in self._space.blocks and items.columns[target].kind in LISTED:
+                self._declared[name] = (target, users.columns[name])
+                self._interests[name] = users.values[name]
+        vectors = self._space.items(items)
+        typical = typical_users(interactions)
+        asked = tastes(vectors, typical.history, recency(typical, decay=c.decay))
+        self._index = VectorConfig(kind=c.kind, recall_goal=c.recall_goal).build().fit(vectors, asked)
+        told = ", ".join(f"{name}={block.width}" for name, block in self._space.blocks.items())
+        log.info("content vectors: %d floats of %s; interests: %s", self._space.width, told, _listed(self._declared))
+        return self
+
+    def user_vectors(self, queries: Queries) -> np.ndarray:
+        """(B, width) float32 unit vectors; NaN where neither history nor profile says anything."""
+        weights = recency(queries, decay=self.config.decay, half_life_h=self.config.half_life_h)
+        return tastes(self.index.vectors(), queries.history, weights, self._interest(queries))
+
+    def _interest(self, queries: Queries) -> np.ndarray | None:
+        """(B, width) what the requests' own profiles declare, else the user table; None where no column speaks of interests."""
+        if not self._declared:
+            return None
+        out = np.zeros((len(queries), self.space.width), np.float32)
+        for b, (profile, user) in enumerate(zip(queries.profiles, queries.users.tolist(), strict=True)):
+            for name, (target, column) in self._declared.items():
+                held = self._interests[name]
+                if name in profile:
+                    values = texts_of(column, profile[name])
+                elif 0 <= user < len(held.indptr) - 1:
+                    values = held.known.outside(held.codes[held.indptr[user] : held.indptr[user + 1]])
+                else:
+                    continue
+                out[b] += self.space.of_values(target, values)
+        return self.config.interest_weight * unit(out)
+
+    def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items most alike."""
+        return self.index.recall_vectors(self.user_vectors(queries), queries.exclude, k, queries.allowed)
+
+    def similar(self, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) item rows -> ((B, k') most alike other items, (B, k') cosines)."""
+        return self.index.similar(items, k)
+
+    def save(self, folder: Path) -> None:
+        """Write the index, `space/` and the declared `interests/`."""
+        self.index.save(folder)
+        self.space.save(folder / "space")
+        columns = {name: column for name, (_, column) in self._declared.items()}
+        Catalogue(0, columns, dict(self._interests)).save(folder / "interests")
+        (folder / "interests" / "targets.txt").write_text("\n".join(target for target, _ in self._declared.values()), "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, config: ContentConfig) -> Self:
+        """Read what `save` wrote, memory-mapped."""
+        self = cls(config)
+        self._space = ContentSpace.load(folder / "space")
+        self._index = VectorIndex.load(folder, VectorConfig(kind=config.kind, recall_goal=config.recall_goal))
+        held = Catalogue.load(folder / "interests")
+        self._interests = held.values
+        targets = (folder / "interests" / "targets.txt").read_text("utf-8").split("\n")
+        self._declared = {name: (target, column) for target, (name, column) in zip(targets, held.columns.items(), strict=False)}
+        return self
+
+
+def _alike(users: Catalogue, items: Catalogue) -> dict[str, str]:
+    """User column -> item column where both are read from a file column of one name."""
+    sources = {column.source(name): name for name, column in items.columns.items() if name in items.values}
+    return {name: sources[c.source(name)] for name, c in users.columns.items() if name in users.values and c.source(name) in sources}
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
