@@ -146,14 +146,18 @@ def data_validate(config: ConfigFiles, settings: Settings = None) -> None:
 
 
 @data_app.command("describe")
-def data_describe(config: ConfigFiles, settings: Settings = None) -> None:
+def data_describe(
+    config: ConfigFiles,
+    settings: Settings = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.")] = None,
+) -> None:
     """What one looks at first: counts, density, long tail, history lengths, repeats, time span, cold share.
 
     Example: rayfunnel data describe -c mine.yaml
     """
     from cluster import data_report
 
-    data_report.describe(load(config, settings), out)
+    data_report.describe(load(config, settings), out, json=json)
 
 
 @app.command(rich_help_panel=DATA)

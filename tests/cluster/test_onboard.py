@@ -1,5 +1,6 @@
 """The command `init`: writes a configuration that every other command takes, and never over another file unasked."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def test_init_reads_from_another_folder_by_its_full_path(log, tmp_path):
     assert run("init", log, "-o", "configs/mine.yaml")[0] == 0
     assert str(log) in (tmp_path / "configs" / "mine.yaml").read_text()
     assert "kept │ 100" in run("data", "validate", "-c", "configs/mine.yaml")[1]
+
+
+def test_describe_shows_the_tail_the_lengths_and_the_parts(log, tmp_path):
+    assert run("init", log)[0] == 0
+    code, said = run("data", "describe", "-c", "My-clicks-1.yaml", "--json", tmp_path / "d.json")
+    assert code == 0
+    assert "users by events" in said
+    assert "16-31 5 ████████████████████████" in said, "five users of twenty events each fill the bar"
+    assert "by users unseen in train" in said
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert (found["events"], found["users"], found["items"]) == (100, 5, 7)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recsys.data.describe import describe
+from recsys.data.describe import describe, head_share, histogram, per_day
 from recsys.data.events import Account, Dataset
 from recsys.data.interactions import Interactions
 from recsys.data.split import SplitConfig
@@ -31,6 +31,9 @@ def test_a_small_log_is_described():
     assert got["missing"] == {"users.age": pytest.approx(2 / 3)}
     assert got["account"] == {"rows read": 5, "dropped: duplicate": 1, "kept": 4}
     assert got["notes"] == ["a note"]
+    assert got["head_share"] == {"1%": 3 / 4, "10%": 3 / 4, "20%": 3 / 4}  # one of five items has three of the four events
+    assert got["history_lengths"] == {"1": 1, "2-3": 1}  # one user with one event, one with three
+    assert (got["events_per_day"]["mean"], got["events_per_day"]["max"]) == (1.0, 1.0)
     assert got["split"] == {
         "train": {"rows": 2, "cold_user_share": 0.0, "cold_item_share": 0.0},
         "valid": {"rows": 1, "cold_user_share": 0.0, "cold_item_share": 1.0},
@@ -41,3 +44,10 @@ def test_a_small_log_is_described():
 def test_the_description_is_json():
     log = zipf(20, 30, 200)
     json.dumps(describe(Dataset(log, pd.DataFrame(), pd.DataFrame(), Account(200))))
+
+
+def test_the_head_the_lengths_and_the_days_by_hand():
+    assert head_share(np.array([1, 1, 1, 1, 1, 1, 1, 1, 2, 10]), 0.2) == pytest.approx(12 / 20)
+    assert histogram(np.array([1, 1, 2, 3, 4, 7, 8])) == {"1": 2, "2-3": 2, "4-7": 2, "8-15": 1}
+    days = per_day(np.array([0.0, 10.0, 86_400.0 * 3]))  # two events, none, none, one
+    assert (days["mean"], days["min"], days["max"]) == (0.75, 0.0, 2.0)
