@@ -39,6 +39,12 @@ would meet mostly items that it may not return."""
 IndexKind = Literal["auto", "flat", "ivf", "hnsw"]
 
 
+PROBES = 16
+"""Queries kept beside an approximate index with their exact answers, to ask it again when it is loaded (some milliseconds)."""
+PROBE_SLACK = 0.02
+"""How much less of them a loaded index may find than when it was saved: other processors round otherwise."""
+
+
 class EncodesUsers(Protocol):
     """What turns queries into vectors in the space of the items: the funnel, with its two-tower."""
 
@@ -94,6 +100,8 @@ class VectorIndex:
         """ef_search of HNSW, probes of IVF, as tuned."""
         self.measured_recall = 1.0
         """Share of the exact 100 nearest found when it was built."""
+        self.probes: tuple[np.ndarray, np.ndarray] | None = None
+        """((P, d) queries, (P, k) int32 exact answers), of an approximate index."""
         self.index: Any = None
         """The index in host memory; on a GPU host, its copy there is searched."""
         self._searched: Any = None
@@ -164,12 +172,21 @@ class VectorIndex:
             if self.measured_recall >= self.config.recall_goal or self.effort >= most:
                 break
             self.effort = min(self.effort * 2, most)
+        self.probes = queries[:PROBES].copy(), truth[:PROBES].copy()
         goal = self.config.recall_goal
         log.info("faiss index=%s effort=%d recall@%d=%.4f (goal %.2f)", self.kind, self.effort, k, self.measured_recall, goal)
         if self.measured_recall < goal:
             log.warning(
                 "faiss index=%s misses its recall goal at any effort: raise hnsw_links or ef_construction, or take kind: flat", self.kind
             )
+
+    def probed(self) -> float:
+        """Share of the probes' exact answers that the index finds as it is now; 1 where there are none."""
+        if self.probes is None:
+            return 1.0
+        queries, truth = self.probes
+        found, _ = self._faiss_search(queries, truth.shape[1])
+        return float(among(found, truth).sum() / truth.size)
 
     # Searching.
 
@@ -319,21 +336,29 @@ class VectorIndex:
     # Keeping.
 
     def save(self, folder: Path) -> None:
-        """Write `index.faiss` (with the vectors) and `index.json` (kind, effort, measured recall, shape)."""
+        """Write `index.faiss` (with the vectors), `index.json` (kind, effort, measured recall, shape) and the probes."""
         folder.mkdir(parents=True, exist_ok=True)
         faiss.write_index(self.index, str(folder / "index.faiss"))
         facts = {
             "kind": self.kind,
             "effort": self.effort,
             "measured_recall": self.measured_recall,
+            "probed": self.probed(),
             "items": len(self),
             "dim": int(self.index.d),
         }
         (folder / "index.json").write_text(json.dumps(facts))
+        if self.probes is not None:
+            for name, array in zip(("probes", "probes_exact"), self.probes, strict=True):
+                np.save(folder / f"{name}.npy", array)
 
     @classmethod
     def load(cls, folder: Path, config: VectorConfig) -> Self:
-        """Read what `save` wrote; HNSW and IVF stay memory-mapped on the CPU. BundleError where the two files do not match."""
+        """Read what `save` wrote; HNSW and IVF stay memory-mapped on the CPU.
+
+        BundleError where the files do not match, or the index finds less of its probes than when it was saved. An index that
+        missed its goal when it was built is told and served: its bundle was published knowing that.
+        """
         facts = json.loads((folder / "index.json").read_text())
         self = cls(config)
         self.kind, self.effort, self.measured_recall = facts["kind"], int(facts["effort"]), float(facts["measured_recall"])
@@ -349,6 +374,16 @@ class VectorIndex:
                 "Rebuild the bundle."
             )
         self._place(gpu)
+        if (folder / "probes.npy").exists():
+            self.probes = np.load(folder / "probes.npy"), np.load(folder / "probes_exact.npy")
+            now, then = self.probed(), float(facts["probed"])
+            if now < then - PROBE_SLACK:
+                raise BundleError(
+                    f"The index in '{folder}' finds {now:.3f} of its probes' nearest items, {then:.3f} when it was saved. "
+                    "It or Faiss has changed: publish again, or promote another version."
+                )
+        if self.measured_recall < config.recall_goal:
+            log.warning("faiss index=%s in '%s' has recall %.4f, goal %.2f", self.kind, folder, self.measured_recall, config.recall_goal)
         return self
 
 

@@ -8,7 +8,10 @@ import logging
 import faiss
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from recsys.allowed import Allowed, Mask
 from recsys.errors import BundleError, ConfigError
 from recsys.recall import exact as exact_module
 from recsys.recall import vector as vector_module
@@ -242,3 +245,55 @@ def test_the_channel_excludes_and_encodes_the_queries():
     truth = items @ items.T
     np.fill_diagonal(truth, -np.inf)
     assert got.tolist() == np.argsort(-truth[[4, 9]], axis=1, kind="stable")[:, :3].tolist()
+
+
+WHOLE = {
+    kind: VectorConfig(kind=kind, flat_below=40, lists=4, probes=4, ef_search=300, threads=1).build().fit(cloud(300, 8)) for kind in KINDS
+}
+"""Indexes whose effort leaves nothing out; filters that pass 40 items or more are walked, stricter ones compared."""
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS),
+    shares=st.lists(st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0]), min_size=1, max_size=3),
+    n_excluded=st.integers(0, 60),
+    k=st.sampled_from([1, 10, 120]),
+    seed=st.integers(0, 999),
+)
+def test_search_among_what_a_filter_passes_equals_exact_search_then_filter(kind, shares, n_excluded, k, seed):
+    """Five queries of one batch with filters of their own, exclusions besides."""
+    rng, items, queries = np.random.default_rng(seed), cloud(300, 8), cloud(5, 8, seed=seed)
+    masks = tuple(Mask(rng.random(300) < share) for share in shares)
+    allowed = Allowed(masks, rng.integers(-1, len(masks), 5).astype(np.int32))
+    exclude = rng.integers(-1, 300, (5, n_excluded)).astype(np.int32)
+    got, scores = WHOLE[kind].recall_vectors(queries, exclude, k, allowed)
+    full = (queries @ items.T).astype(np.float64)
+    for b in range(5):
+        if allowed.of[b] >= 0:
+            full[b, ~masks[allowed.of[b]].items] = -np.inf
+        full[b, exclude[b][exclude[b] >= 0]] = -np.inf
+        want = [i for i in np.argsort(-full[b], kind="stable")[:k].tolist() if np.isfinite(full[b, i])]
+        assert got[b][got[b] >= 0].tolist() == want
+        np.testing.assert_allclose(scores[b, : len(want)], full[b, want], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_an_index_that_answers_worse_than_when_it_was_saved_is_refused(tmp_path, kind):
+    items = cloud(600, 8)
+    config = VectorConfig(kind=kind, lists=16)
+    index = config.build().fit(items)
+    index.save(tmp_path)
+    loaded = VectorIndex.load(tmp_path, config)
+    assert loaded.probed() == index.probed() >= 0.98
+    faiss.write_index(config.build().fit(np.roll(items, 1, axis=0)).index, str(tmp_path / "index.faiss"))  # as large, but another
+    with pytest.raises(BundleError, match=r"finds 0\.\d+ of its probes' nearest items, .* when it was saved"):
+        VectorIndex.load(tmp_path, config)
+
+
+def test_a_loaded_index_that_missed_its_goal_is_told_and_served(tmp_path, caplog):
+    config = VectorConfig(kind="hnsw", hnsw_links=2, ef_construction=2, ef_search=1, recall_goal=1.0)
+    config.build().fit(cloud(2_000)).save(tmp_path)
+    caplog.clear()
+    assert len(VectorIndex.load(tmp_path, config)) == 2_000
+    assert "has recall 0." in caplog.text
