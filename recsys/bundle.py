@@ -62,7 +62,7 @@ class Manifest(FrozenConfig):
     parity: dict[str, float] = Field(default_factory=dict)
     """Largest difference between what was trained and what was exported, by part."""
     index_recall: float | None = None
-    """Recall of the vector index against exact search."""
+    """Recall of the vector indexes against exact search: the least of them."""
     bytes_per_item: float | None = None
     """Resident bytes of item columns, vectors and index per item."""
     files: dict[str, FileEntry]
