@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import ExamplesConfig
-from recsys.core import UNKNOWN, Queries, top_k
+from recsys.core import UNKNOWN, Candidates, Queries, top_k
 from recsys.data.interactions import Interactions
 from recsys.evidence import EVIDENCE, evidence, unvouched
 from recsys.features.schema import Field
@@ -89,6 +89,17 @@ def ranker_examples(funnel: Funnel, moments: Moments, at: np.ndarray, config: Ex
 def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, draw: _Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """((B, M) items or -1, (B, M, w) evidence, (B, M) labels): the logged item first, then drawn negatives."""
     candidates = funnel.coarse_rank(queries, funnel.recall(queries))
+    if not candidates.width:  # nobody in this batch has anything left to be shown: one empty slot each
+        B, C = len(at), len(candidates.channels)
+        nothing = np.full((B, 1), -np.inf, np.float32)
+        candidates = Candidates(
+            np.full((B, 1), UNKNOWN, np.int32),
+            nothing,
+            candidates.channels,
+            np.full((B, 1, C), np.nan, np.float32),
+            np.zeros((B, 1, C), np.int16),
+            merged=nothing,
+        )
     says = evidence(candidates)
     target, positive = log.item[at][:, None], log.positive[at]
     hit = (candidates.items == target) & (candidates.items != UNKNOWN)  # (B, N)

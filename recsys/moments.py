@@ -38,8 +38,13 @@ class Moments:
 
     @cached_property
     def _told_by_user(self) -> tuple[np.ndarray, np.ndarray]:
-        """((U + 1,) indptr, log positions of told rows by user, ascending)."""
+        """((U + 1,) indptr, log positions of told rows by user, ascending): of every user and item the first alone.
+
+        So what a user had is a beginning of the user's list, and one with 100,000 events on 60 items costs 60 an instant.
+        """
         positions = np.flatnonzero(self.told)
+        pairs = self.log.user[positions].astype(np.int64) * max(self.log.n_items, 1) + self.log.item[positions]
+        positions = positions[np.sort(np.unique(pairs, return_index=True)[1])]
         indptr, order = group(self.log.user[positions], self.log.n_users)
         return indptr, positions[order]
 

@@ -26,6 +26,7 @@ from recsys import blending, channels, examples
 from recsys.config import ChannelConfig, Config
 from recsys.core import Recaller
 from recsys.data.interactions import Interactions
+from recsys.errors import DataError
 from recsys.evidence import EVIDENCE, evidence_field
 from recsys.export import RankerEngine
 from recsys.features.generate import Histories
@@ -42,6 +43,12 @@ from recsys.training import ModelConfig, TrainingConfig
 log = logging.getLogger(__name__)
 MOST_VALIDATED = 4_000
 """Moments that early stopping looks at, drawn at random: enough for a standard error of NDCG@10 near .003."""
+
+NOTHING_TO_RANK = (
+    "The fine ranker has nothing to learn from: of the {n:,} rows in its window, the newest part of train, none is an item that recall "
+    "finds and that the user had not had before. If users take items again, set recall.exclude_seen: false. If the log is small, "
+    "enlarge examples.window_share (or examples.window_events), or give more data."
+)
 
 
 class Trainer(Protocol):
@@ -179,6 +186,8 @@ class Recipe:
                 examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed + i)
                 for i, at in enumerate((window, self._sample(self.cut.valid)))
             )
+            if not len(train.get("label", ())):
+                raise DataError(NOTHING_TO_RANK.format(n=len(window)))
             self.say(f"fine_rank: {len(train['label']):,} pairs of {len(window):,} moments")
             fields = (*self._fields(self.config.fine_rank.features), *self._evidence(len(funnel.channels)))
             examples.write(
