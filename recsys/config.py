@@ -18,13 +18,14 @@ from recsys.config_faults import Fault, flatten, nearest, redact, tag_of
 from recsys.config_file import Loaded, read_as
 from recsys.config_manual import template
 from recsys.core import FrozenConfig
-from recsys.data.columns import ColumnConfig
+from recsys.data.columns import FROM_TIME, ColumnConfig
 from recsys.data.negatives import NegativesConfig
 from recsys.data.sources import DataConfig, InteractionsConfig, LabelConfig, TableConfig
 from recsys.data.sources import HistoryConfig as DataHistoryConfig
 from recsys.data.split import SplitConfig
 from recsys.errors import ConfigError
 from recsys.evidence import EVIDENCE
+from recsys.features.aggregates import faults
 from recsys.features.schema import FeaturesConfig, HistoryConfig
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
@@ -267,7 +268,15 @@ class Config(Places):
                     f"rerank.caps.{index}.column",
                     f"names '{cap.column}', which no item column declares; known: {', '.join(items) or 'none'}",
                 )
-        known = self._feature_names()
+        tables = {"user": self.data.users, "item": self.data.items}
+        kinds = {side: {n: str(c.kind) for n, c in t.columns.items()} if t is not None else {} for side, t in tables.items()}
+        kinds["context"] = {n: str(c.kind) for n, c in self.data.interactions.context.items() if c.kind not in FROM_TIME}
+        for name, sentence in faults(self.features.aggregates, kinds, self.data.refused):
+            yield f"features.aggregates.{name}", sentence
+        for name in self.two_tower.features or ():
+            if name in self.features.aggregates:
+                yield "two_tower.features", f"uses '{name}', an aggregate: those are inputs of the fine ranker only"
+        known = [*self._feature_names(), *self.features.aggregates]
         for section, names in (("two_tower", self.two_tower.features), ("fine_rank", self.fine_rank.features)):
             for name in names or ():
                 if name not in known:

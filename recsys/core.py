@@ -144,6 +144,8 @@ class Query:
     exclude: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     explain: bool = False
     filter: Filter | None = None
+    state: bytes = b""
+    """What the store holds of the user's aggregates."""
 
 
 @dataclass(slots=True)
@@ -155,7 +157,8 @@ class Queries:
     contexts and profiles: B mappings of raw values (a profile overrides the bundle's user columns);
     explain: whether any query asks for the stages' ranks and scores. filters: what each query may be answered with, None where
     no query asks; `allowed` are the same as bitmaps over the items of one bundle, made where they are needed (`Funnel.recall`)
-    and, like `memo`, never sent anywhere. `memo` keeps what stages of one process derive from
+    and, like `memo`, never sent anywhere. states: B packed states of users' aggregates, or none; positions (B,): the log
+    positions of offline moments, None in service. `memo` keeps what stages of one process derive from
     the batch (encoded features, user vectors) so that it is computed once; it never crosses a process boundary.
     """
 
@@ -171,6 +174,8 @@ class Queries:
     explain: bool = False
     filters: tuple[Filter | None, ...] | None = None
     allowed: Allowed | None = field(default=None, repr=False, compare=False)
+    states: tuple[bytes, ...] = field(default=(), repr=False)
+    positions: np.ndarray | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -207,6 +212,7 @@ class Queries:
             contexts=[q.context for q in queries],
             profiles=[q.profile for q in queries],
             explain=any(q.explain for q in queries),
+            states=tuple(q.state for q in queries) if any(q.state for q in queries) else (),
             filters=tuple(q.filter for q in queries) if any(q.filter for q in queries) else None,
         )
 
@@ -231,6 +237,8 @@ class Queries:
             exclude=self.exclude[at],
             contexts=[self.contexts[i] for i in at],
             profiles=[self.profiles[i] for i in at],
+            states=tuple(self.states[i] for i in at) if self.states else (),
+            positions=None if self.positions is None else self.positions[at],
             filters=None if self.filters is None else tuple(self.filters[i] for i in at),
             allowed=None if self.allowed is None else self.allowed[at],
             memo={},

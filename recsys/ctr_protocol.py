@@ -19,7 +19,6 @@ from recsys.config import Config
 from recsys.data.interactions import POSITIVE
 from recsys.errors import ConfigError, DataError
 from recsys.evaluate import bins
-from recsys.evidence import EVIDENCE
 from recsys.export import RankerEngine
 from recsys.features.schema import Field
 from recsys.memory import PeakMemory
@@ -99,17 +98,20 @@ def _write(config: Config, prepared: Prepared, folder: Path) -> None:
 
 
 def _fields(config: Config, prepared: Prepared) -> tuple[Field, ...]:
-    named = config.fine_rank.features
-    return prepared.space.fields if named is None else prepared.space.select([n for n in named if n != EVIDENCE])
+    return prepared.ranked_fields(config.fine_rank.features)
 
 
 def _scores(engine: RankerEngine, prepared: Prepared, config: Config, test: np.ndarray) -> np.ndarray:
     """(n,) probabilities of the rows at log positions `test`, through the engine that serves."""
-    moments, out = prepared.moments(config), []
+    moments, live, out = prepared.moments(config), prepared.live, []
     for start in range(0, len(test), CHUNK):
         at = test[start : start + CHUNK]
-        fields = prepared.space.encode_queries(moments.queries(at), prepared.user_columns)
-        out.append(1 / (1 + np.exp(-engine.score(fields, prepared.log.item[at][:, None], {})[:, 0])))
+        queries, items = moments.queries(at), prepared.log.item[at][:, None]
+        fields = prepared.space.encode_queries(queries, prepared.user_columns)
+        pairs: dict[str, np.ndarray] = {}
+        if live is not None:
+            fields, pairs = fields | live.query_fields(queries), live.pair_fields(queries, items)
+        out.append(1 / (1 + np.exp(-engine.score(fields, items, pairs)[:, 0])))
     return np.concatenate(out)
 
 

@@ -54,6 +54,11 @@ def two_tower_examples(prepared: Prepared, moments: Moments, at: np.ndarray, pop
 def impression_examples(prepared: Prepared, moments: Moments, at: np.ndarray, label: str) -> Columns:
     """The log's rows at positions `at` (n,), each with what was known just before and its 0/1 `label`."""
     out = _rows(prepared, moments, at)
+    if (live := prepared.live) is not None:
+        out |= _gathered(
+            live.query_fields(q) | {n: x[:, 0] for n, x in live.pair_fields(q, q_items[:, None]).items()}
+            for q, q_items in zip(moments.chunks(at, CHUNK), np.split(moments.log.item[at], range(CHUNK, len(at), CHUNK)), strict=True)
+        )
     return out | {"user": moments.log.user[at], "item": moments.log.item[at], "label": moments.log.labels[label][at].astype(np.float32)}
 
 
@@ -79,6 +84,9 @@ def ranker_examples(funnel: Funnel, moments: Moments, at: np.ndarray, config: Ex
         fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
         rows = items[b, n]
         fields |= {name: np.asarray(column)[rows] for name, column in funnel.item_columns.items()}
+        if funnel.live is not None:
+            fields |= {name: column[b] for name, column in funnel.live.query_fields(queries).items()}
+            fields |= {name: column[b, n] for name, column in funnel.live.pair_fields(queries, items).items()}
         parts.append(
             fields
             | {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (start + b).astype(np.int32)}

@@ -25,7 +25,9 @@ from recsys.evidence import EVIDENCE, evidence
 from recsys.export import RankerEngine
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
+from recsys.features.inputs import Live
 from recsys.features.schema import FeatureSpace
+from recsys.features.states import load_live
 from recsys.features.store import StoredEvent
 from recsys.models.two_tower import TwoTower
 from recsys.prepared import load_columns
@@ -111,6 +113,7 @@ class Funnel:
     ranker: RankerEngine | None = None
     reranker: Reranker | None = None
     titles: pa.Array | None = None
+    live: Live | None = None
     filters: Filters = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -202,7 +205,11 @@ class Funnel:
         if self.ranker is None:
             raise BundleError("This funnel was loaded without its fine stage. Load it with stages=('fine_rank', …).")
         pairs = {EVIDENCE: evidence(candidates)} if any(f.name == EVIDENCE for f in self.ranker.pair_fields) else {}
-        logits = self.ranker.score(self.user_fields(queries), candidates.items, pairs)
+        fields = self.user_fields(queries)
+        if self.live is not None:
+            fields = fields | self.live.query_fields(queries)
+            pairs |= self.live.pair_fields(queries, candidates.items)
+        logits = self.ranker.score(fields, candidates.items, pairs)
         scores: np.ndarray = 1.0 / (1.0 + np.exp(-np.clip(logits, -40, 40)))
         if not np.isfinite(scores).all():
             raise BundleError(
@@ -360,6 +367,8 @@ class Funnel:
             channels={},
             titles=meta.column("title").combine_chunks() if "title" in meta.column_names else None,
         )
+        if "fine_rank" in stages and (folder / "aggregates").exists():
+            funnel.live = load_live(folder / "aggregates", space, funnel.users, funnel.items)
         if "recall" in stages or "coarse_rank" in stages:
             funnel.tower = TwoTower.load(folder / "two_tower") if (folder / "two_tower").exists() else None
         if "coarse_rank" in stages or "rerank" in stages:

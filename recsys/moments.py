@@ -70,6 +70,7 @@ class Moments:
             exclude=self._had(users, at, times) if self.exclude_seen else np.empty((len(users), 0), np.int32),
             contexts=list(contexts),
             profiles=[{}] * len(users),
+            positions=np.asarray(at, np.int64),
         )
 
     def _had(self, users: np.ndarray, at: np.ndarray, times: np.ndarray) -> np.ndarray:

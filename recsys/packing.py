@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import channels
-from recsys.core import save_arrow
+from recsys.core import Vocabulary, save_arrow
+from recsys.features.inputs import Live, LogSource
+from recsys.features.states import StateSource, replayed, save_states
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import save_columns
 from recsys.recall.vector import VectorRecaller
@@ -42,6 +44,8 @@ def pack(funnel: Funnel, folder: Path, *, tower: Path, ranker: Path) -> dict[str
     funnel.users.save(folder, "users")
     funnel.items.save(folder, "items")
     funnel.space.save(folder / "features")
+    if funnel.live is not None:
+        _pack_states(funnel.live, folder / "aggregates", funnel.users)
     save_columns(folder / "user_columns", funnel.user_columns)
     save_columns(folder / "item_columns", funnel.item_columns)
     funnel.catalogue.save(folder / "catalogue")
@@ -64,6 +68,16 @@ def pack(funnel: Funnel, folder: Path, *, tower: Path, ranker: Path) -> dict[str
         "index_recall": float(indexes[0].measured_recall) if indexes else None,
         "bytes_per_item": _bytes_per_item(folder, len(funnel.items)),
     }
+
+
+def _pack_states(live: Live, folder: Path, users: Vocabulary) -> None:
+    """The aggregates' inputs and their states when the log ends: a fresh service goes on from there."""
+    live.inputs.save(folder)
+    if isinstance(live.source, LogSource):
+        asof = live.source.asof
+        save_states(replayed(live.inputs, asof.log, asof.told, users), folder)
+    elif isinstance(live.source, StateSource):
+        save_states(live.source.stream, folder)
 
 
 def _golden(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -18,11 +19,15 @@ from recsys.config import Config
 from recsys.core import Vocabulary, load_arrow, save_arrow
 from recsys.data.events import load
 from recsys.data.interactions import CSR, POSITIVE, Interactions
+from recsys.data.leaks import too_good
 from recsys.data.split import Split, SplitConfig
 from recsys.errors import DataError
+from recsys.evidence import EVIDENCE
+from recsys.features.asof import AsOf
 from recsys.features.catalogue import Catalogue
 from recsys.features.generate import told
-from recsys.features.schema import FeatureSpace
+from recsys.features.inputs import AggregateInputs, Live, LogSource
+from recsys.features.schema import FeatureSpace, Field
 from recsys.moments import Moments
 
 _SPLITS = ("train", "valid", "test")
@@ -46,6 +51,23 @@ class Prepared:
     titles: pa.Array | None
     told: np.ndarray
     account: list[tuple[str, int]]
+    aggregates: AggregateInputs | None = None
+
+    @cached_property
+    def live(self) -> Live | None:
+        """The declared aggregates as of any instant of the log; None where none is declared."""
+        if self.aggregates is None:
+            return None
+        asof = AsOf(self.aggregates.plan, self.log, self.aggregates.columns, self.told, offset_s=self.space.config.utc_offset_s)
+        return Live(self.aggregates, LogSource(self.aggregates, asof), self.log.items)
+
+    def ranked_fields(self, names: tuple[str, ...] | None) -> tuple[Field, ...]:
+        """The fields that a fine ranker of these names sees, aggregates behind the others; None is all. Evidence is not among them."""
+        counted = {f.name: f for f in self.aggregates.fields} if self.aggregates is not None else {}
+        if names is None:
+            return (*self.space.fields, *counted.values())
+        plain = self.space.select([n for n in names if n != EVIDENCE and n not in counted])
+        return (*plain, *(counted[n] for n in names if n in counted))
 
     def moments(self, config: Config) -> Moments:
         """Users' states along the log."""
@@ -69,6 +91,8 @@ class Prepared:
         if self.titles is not None:
             save_arrow(folder / "titles.arrow", pa.table({"title": self.titles}))
         self.space.save(folder / "features")
+        if self.aggregates is not None:
+            self.aggregates.save(folder / "aggregates")
         for side, encoded in (("user_columns", self.user_columns), ("item_columns", self.item_columns)):
             save_columns(folder / side, encoded)
         self.catalogue.save(folder / "catalogue")
@@ -105,10 +129,11 @@ class Prepared:
             past=CSR(np.load(folder / "past.indptr.npy"), np.load(folder / "past.items.npy")) if has_past else None,
         )
         titles = load_arrow(folder / "titles.arrow").column("title").combine_chunks() if (folder / "titles.arrow").exists() else None
+        space = FeatureSpace.load(folder / "features")
         return cls(
             log,
             Split(columns["split:train"], columns["split:valid"], columns["split:test"], facts["by"]),
-            FeatureSpace.load(folder / "features"),
+            space,
             load_columns(folder / "user_columns"),
             load_columns(folder / "item_columns"),
             Catalogue.load(folder / "catalogue"),
@@ -116,6 +141,7 @@ class Prepared:
             titles,
             columns["told"],
             [(k, v) for k, v in facts["account"]],
+            AggregateInputs.load(folder / "aggregates", space) if (folder / "aggregates").exists() else None,
         )
 
 
@@ -137,19 +163,28 @@ def prepare(config: Config, split: SplitConfig | None = None) -> Prepared:
     declared = {side: table.columns if table is not None else {} for side, table in tables.items()} | {
         "context": config.data.interactions.context
     }
+    if leaks := list(too_good(declared["context"], train.context, train.labels[POSITIVE])):
+        raise DataError("\n".join(leaks))
     space = FeatureSpace.fit(config.features, declared, data.users, data.items, train)
     titles = _titles(config, data.items)
+    enters, aggregates, joined = told(log, config.history), None, {}
+    if config.features.aggregates:
+        gap_s = config.data.interactions.session_gap_min * 60
+        tables_ = (data.users, data.items)
+        aggregates = AggregateInputs.fit(space, declared, *tables_, log, train=parts.train, told=enters, gap_s=gap_s)
+        joined = aggregates.item_columns(log.n_items)
     return Prepared(
         log,
         parts,
         space,
         space.encode("user", data.users),
-        space.encode("item", data.items),
+        space.encode("item", data.items) | joined,
         Catalogue.of(declared["item"], data.items, log.n_items),
         Catalogue.of(declared["user"], data.users, log.n_users),
         titles,
-        told(log, config.history),
+        enters,
         data.account.rows(),
+        aggregates,
     )
 
 

@@ -189,7 +189,7 @@ class Recipe:
             if not len(train.get("label", ())):
                 raise DataError(NOTHING_TO_RANK.format(n=len(window)))
             self.say(f"fine_rank: {len(train['label']):,} pairs of {len(window):,} moments")
-            fields = (*self._fields(self.config.fine_rank.features), *self._evidence(len(funnel.channels)))
+            fields = (*self.prepared.ranked_fields(self.config.fine_rank.features), *self._evidence(len(funnel.channels)))
             examples.write(
                 folder,
                 task="ranker",
@@ -286,6 +286,7 @@ class Recipe:
             ranker=RankerEngine.load(ranker_folder, p.item_columns) if ranker_folder else None,
             reranker=config.rerank.build(vectors=vectors, columns=p.item_columns),
             titles=p.titles,
+            live=p.live,
         )
         wanted = config.recall.channels if configs is None else configs
         funnel.channels = channels.fit(

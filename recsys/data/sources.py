@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from recsys.core import FrozenConfig
 from recsys.data.columns import FROM_TIME, ColumnConfig
+from recsys.data.leaks import future_faults, refused_columns
 
 Format = Literal["auto", "csv", "parquet", "recbole", "movielens", "kuairand"]
 TimeUnit = Literal["s", "ms", "us", "ns", "iso"]
@@ -115,6 +116,8 @@ class InteractionsConfig(FileConfig):
     """Minutes without an event after which a new visit begins."""
     context: dict[str, ColumnConfig] = Field(default_factory=dict)
     """What was known of the moment before it was answered: feature name -> column (tab, device, hour, ...)."""
+    after: tuple[str, ...] = ()
+    """Columns that are known only after the item was shown (play time, ...): never inputs, refused by name (kuairand knows its own)."""
 
     @model_validator(mode="after")
     def _path_or_parts(self) -> Self:
@@ -207,13 +210,25 @@ class DataConfig(FrozenConfig):
             raise ValueError("'positive' is the name of the first label's role; call the label something else")
         return labels
 
+    @property
+    def refused(self) -> dict[str, str]:
+        """Columns of the log that cannot be inputs, and why."""
+        log, labels = self.interactions, {rule.column: name for name, rule in self.labels.items()}
+        return refused_columns(log.format, log.after, labels)
+
     @model_validator(mode="after")
     def _answers_are_no_inputs(self) -> Self:
         labels = {rule.column: name for name, rule in self.labels.items()}
+        for fault in future_faults(self.items.format, self.items.columns) if self.items is not None else ():
+            raise ValueError(fault)
         for name, column in self.interactions.context.items():
             source = column.source(name)
             if source in labels and column.kind not in FROM_TIME:
                 raise ValueError(
                     f"interactions.context.{name} reads column '{source}', which is label '{labels[source]}': the answer would be an input"
+                )
+            if source in self.refused and column.kind not in FROM_TIME:
+                raise ValueError(
+                    f"interactions.context.{name} reads column '{source}', {self.refused[source]}; as an input it would leak the answer"
                 )
         return self

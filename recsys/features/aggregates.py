@@ -107,7 +107,7 @@ class AggregateConfig(FrozenConfig):
     @model_validator(mode="after")
     def _sound(self) -> Self:
         for name, kinds in _TAKEN_BY.items():
-            if name in self.model_fields_set and self.kind not in kinds:
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"'{name}' is not a parameter of kind '{self.kind}'; it belongs to {', '.join(sorted(kinds))}")
         if self.kind in _TAKEN_BY["key"] and not self.key:
             raise ValueError(f"kind '{self.kind}' needs 'key': user, item, a column, or several of them such as [user, tag]")

@@ -133,9 +133,10 @@ class Group:
 
     def pooled(self, states: Sequence[GroupState], at: Instant) -> tuple[Any, ...]:
         """The value of several keys together (an item of several tags): of their merged amounts."""
-        return tuple(f.told(self._got(i, f, states, at), at) for i, f in enumerate(self.features))
+        return tuple(f.told(self.got(i, f, states, at), at) for i, f in enumerate(self.features))
 
-    def _got(self, i: int, f: Counted, states: Sequence[GroupState], at: Instant) -> Any:
+    def got(self, i: int, f: Counted, states: Sequence[GroupState], at: Instant) -> Any:
+        """What aggregate i of these states gives at an instant, before it is made a number: a part, a list, or a count."""
         got = None
         for state in states:
             held = state.settled[i]

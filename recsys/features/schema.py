@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field as Bound
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from recsys.core import FrozenConfig, Queries, Vocabulary
 from recsys.data.columns import ColumnConfig, Combiner
 from recsys.data.interactions import Interactions
 from recsys.errors import BundleError, ConfigError, DataError
 from recsys.features import fitting
+from recsys.features.aggregates import AggregateConfig
 from recsys.features.encoders import MISSING, Clock, Encoder, OneValue, Table
 from recsys.features.fitting import Frame
 
@@ -90,6 +92,19 @@ class FeaturesConfig(FrozenConfig):
     """The item's own id as a feature; the history shares its table."""
     history: HistoryConfig = HistoryConfig()
     """What of a user's past a model sees."""
+    aggregates: dict[str, AggregateConfig] = Bound(default_factory=dict)
+    """Counters, rates, lists and crosses of past events, as inputs of the fine ranker: name -> {kind, key, window, ...}, such as
+    `item_ctr: {kind: rate, key: item, window: 7d}` or `user_tag_ctr: {kind: rate, key: [user, tag], until: day}`. Kinds: count,
+    sum, mean, rate, min, max, recency, last, first, distinct, match, ratio, product, concat; see recsys/features/aggregates.py."""
+    utc_offset_h: float = Bound(default=0.0, ge=-14, le=14)
+    """How many hours the days of `until: day` and the hours and weekdays of keys are ahead of UTC."""
+    lateness_s: NonNegativeFloat = 300.0
+    """How late an event may come and still find its exact place in the aggregates; later ones are counted all the same."""
+
+    @property
+    def utc_offset_s(self) -> float:
+        """`utc_offset_h` in seconds."""
+        return self.utc_offset_h * 3_600.0
 
 
 class FeatureSpace:
@@ -135,7 +150,10 @@ class FeatureSpace:
         declared = {
             side: [[name, column.model_dump(mode="json")] for name, column in named.items()] for side, named in self.columns.items()
         }
-        return hashlib.sha256(json.dumps([self.config.model_dump(mode="json"), declared], sort_keys=True).encode()).hexdigest()
+        # Without aggregates the hash is that of releases that had none: their bundles stay compatible.
+        unused = None if self.config.aggregates else {"aggregates", "utc_offset_h", "lateness_s"}
+        config = self.config.model_dump(mode="json", exclude=unused)
+        return hashlib.sha256(json.dumps([config, declared], sort_keys=True).encode()).hexdigest()
 
     def _declare(self) -> Iterable[Field]:
         width, pool = self.config.history.length, self.config.history.combiner

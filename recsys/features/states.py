@@ -1,0 +1,312 @@
+"""Aggregates in service: values from states instead of a log. A bundle's states at training time, then the store's.
+
+Item-side values are an `ItemSnapshot`: the amounts of every key without a user, as sorted arrays, taken at one time which it
+names. A ranker holds one and replaces it whole when a newer one is there; a request never reads a counter. A user's values
+come from that user's packed states, which ride with the query; without them, from the bundle's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from recsys.core import Queries, Vocabulary
+from recsys.data.interactions import Interactions
+from recsys.features.aggregates import CLOCK_KEYS
+from recsys.features.asof import Raw
+from recsys.features.encoders import spelled
+from recsys.features.generate import Instant
+from recsys.features.groups import Group, GroupState, Row
+from recsys.features.inputs import AggregateInputs, Live
+from recsys.features.keys import KeyColumns, clock_codes
+from recsys.features.runs import pooled
+from recsys.features.schema import FeatureSpace
+from recsys.features.stream import Key, States, Stream
+from recsys.features.tally import Ends, Tally
+
+LATEST = 1 << 62
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The states of one group at one instant: codes (K,) ascending, and per aggregate amounts (K, c), last (K,) or values (K, n)."""
+
+    codes: np.ndarray
+    amounts: tuple[np.ndarray, ...]
+    last: tuple[np.ndarray, ...]
+
+    def values(self, group: Group, codes: np.ndarray, at: np.ndarray) -> Raw:
+        """Aggregate -> (n,) values, or (n, N) lists, of keys (n, W), -1 where there is none, at instants (n,)."""
+        n, W = codes.shape
+        flat = codes.reshape(-1)
+        slot = np.searchsorted(self.codes, flat)
+        known = (slot < len(self.codes)) & (flat >= 0)
+        known[known] = self.codes[slot[known]] == flat[known]
+        slot = np.where(known, slot, 0)
+        out: Raw = {}
+        for f, amounts, last in zip(group.features, self.amounts, self.last, strict=True):
+            if isinstance(f.monoid, Ends):
+                out[f.name] = np.where(known[:, None], amounts[slot] if len(amounts) else math.nan, math.nan)
+                continue
+            nothing = f.nothing if isinstance(f.monoid, Tally) else (0.0,)
+            held = [np.where(known, amounts[slot, c] if len(amounts) else x, x) for c, x in enumerate(nothing)]
+            if not isinstance(f.monoid, Tally):
+                out[f.name] = held[0]
+                continue
+            newest = np.where(known, last[slot] if len(last) else math.nan, math.nan).reshape(n, W)
+            when = np.where(np.isnan(newest), -np.inf, newest).max(1)
+            merged = [pooled(x.reshape(n, W), f.monoid.op) for x in held]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                out[f.name] = np.asarray(f.final(merged, np.where(np.isfinite(when), when, np.nan), at), np.float64)
+        return out
+
+
+class Coder:
+    """Keys as numbers within one bundle: rows of users and items, codes of texts. A context's texts are numbered as states bring
+    them, never as requests do."""
+
+    def __init__(self, columns: KeyColumns, items: Vocabulary, offset_s: float) -> None:
+        self.columns, self.items, self.offset_s = columns, items, offset_s
+        self._index = {(side, name): column.index for side, named in columns.texts.items() for name, column in named.items()}
+        self._context: dict[str, dict[str, int]] = {}
+
+    def of_key(self, group: Group, key: Key, user: int) -> int:
+        """The code of a state's key; `user` stands for its user. -1 where an item or text is not of this bundle."""
+        out = 0
+        for part, text in zip(group.key, key, strict=True):
+            code = user if part == "user" else self.text(part, text, new=True)
+            if code < 0:
+                return -1
+            out = out * self._size(part) + code
+        return out
+
+    def of_pairs(self, group: Group, users: np.ndarray, items: np.ndarray, queries: Queries, at: np.ndarray) -> np.ndarray:
+        """(n, W) codes of the pairs' keys: `users` (n,) as in `of_key`, `items` (n,) rows, `at` (n,) rows of `queries`."""
+        out = np.zeros((len(items), 1), np.int64)
+        for part in group.key:
+            codes = self._pairs(part, users, items, queries, at)
+            out = np.where((out < 0) | (codes < 0), -1, out * self._size(part) + codes)
+        return out
+
+    def _pairs(self, part: str, users: np.ndarray, items: np.ndarray, queries: Queries, at: np.ndarray) -> np.ndarray:
+        if part in ("user", "item"):
+            return (users if part == "user" else items)[:, None].astype(np.int64)
+        if part in CLOCK_KEYS:
+            return clock_codes(part, queries.at, self.offset_s)[at, None]
+        side = self.columns.side_of(part)
+        if side is None:
+            codes = np.array([self.text(part, spelled(c.get(part))) for c in queries.contexts], np.int64)
+            return codes[at, None]
+        rows = queries.users[at] if side == "user" else items
+        column = self.columns.texts[side][part].codes
+        found: np.ndarray = np.where(rows[:, None] >= 0, column[np.maximum(rows, 0)] if len(column) else -1, -1)
+        return found.astype(np.int64)
+
+    def text(self, part: str, text: str, *, new: bool = False) -> int:
+        """The code of a text, -1 where it has none; `new` gives a context's text one."""
+        if part == "item":
+            return self.items.row(text)
+        if part in CLOCK_KEYS:
+            return int(text)
+        side = self.columns.side_of(part)
+        if side is not None:
+            return self._index[side, part].get(text, -1)
+        known = self._context.setdefault(part, {})
+        return known.setdefault(text, len(known)) if new and text else known.get(text, -1)
+
+    def texts(self, part: str) -> list[str]:
+        """The texts of a context column, by code."""
+        return list(self._context.get(part, {}))
+
+    def _size(self, part: str) -> int:
+        if part in CLOCK_KEYS:
+            return 24
+        side = self.columns.side_of(part)
+        if part == "item":
+            return max(len(self.items), 1)
+        return max(len(self.columns.texts[side][part].texts), 1) if side and part != "user" else 1 << 20
+
+
+def looked(group: Group, states: Iterable[tuple[int, GroupState]], at: Instant, value_code: Any) -> Looked:
+    """The states of a group, each with its code, as arrays at an instant. `value_code(of, text)` numbers a list's texts."""
+    held = sorted(((code, state) for code, state in states if code >= 0), key=lambda e: e[0])
+    amounts: list[np.ndarray] = []
+    last: list[np.ndarray] = []
+    for i, f in enumerate(group.features):
+        got = [group.got(i, f, [state], at) for _, state in held]
+        if isinstance(f.monoid, Ends):
+            rows = np.full((len(got), f.monoid.n), math.nan)
+            for row, values in zip(rows, got, strict=True):
+                if values:
+                    row[-len(values) :] = [value_code(f.config.reads, v) for v in values]
+            amounts.append(rows)
+            last.append(np.empty(0))
+        elif isinstance(f.monoid, Tally):
+            amounts.append(np.array([g.amounts if g else f.nothing for g in got], np.float64).reshape(len(got), len(f.nothing)))
+            last.append(np.array([g.last if g else math.nan for g in got], np.float64))
+        else:
+            amounts.append(np.array(got, np.float64)[:, None])
+            last.append(np.empty(0))
+    return Looked(np.array([code for code, _ in held], np.int64), tuple(amounts), tuple(last))
+
+
+@dataclass(frozen=True)
+class ItemSnapshot:
+    """Item-side values at one time: group number -> arrays. `at` is Unix seconds; an impression log names it."""
+
+    at: float
+    groups: dict[int, Looked]
+
+    @classmethod
+    def of(cls, inputs: AggregateInputs, coder: Coder, states: States, at: float) -> Self:
+        """From the catalogue's states: every group whose key has no user."""
+        out = {}
+        for number, group in enumerate(inputs.plan.groups):
+            if "user" not in group.key:
+                mine = ((coder.of_key(group, key, -1), s) for (g, key), s in states.items() if g == number)
+                out[number] = looked(group, mine, Instant(at, LATEST), lambda of, v: _value_code(coder, of, v))
+        return cls(at, out)
+
+
+class StateSource:
+    """The Source of a loaded bundle. `snapshot` may be replaced at any time: requests take it once, whole."""
+
+    def __init__(self, inputs: AggregateInputs, stream: Stream, at: float) -> None:
+        self.inputs, self.stream = inputs, stream
+        self.coder = Coder(inputs.columns, stream.vocabularies["item"], stream.offset_s)
+        self.snapshot = ItemSnapshot.of(inputs, self.coder, stream.of_items, at)
+        self.read_user = stream.of_user.get
+
+    def query_values(self, queries: Queries) -> Raw:
+        """See inputs.Source."""
+        raw = self._values(queries, np.full(len(queries), -1), np.arange(len(queries)), pairs=False)
+        return {n: x for n, x in raw.items() if self.inputs.plan.aggregates[n].kind != "match"}
+
+    def pair_values(self, queries: Queries, items: np.ndarray) -> Raw:
+        """See inputs.Source."""
+        B, N = items.shape
+        at, flat = np.repeat(np.arange(B), N), items.reshape(-1)
+        raw = self._values(queries, flat, at, pairs=True)
+        matches = [n for n, a in self.inputs.plan.aggregates.items() if a.kind == "match"]
+        if matches:
+            lists = self._values(queries, np.full(B, -1), np.arange(B), pairs=False)
+            raw |= {n: np.repeat(lists[n], N, axis=0) for n in matches}
+        return self.inputs.matched(raw, lambda of: self._item_codes(of, flat))
+
+    def _values(self, queries: Queries, items: np.ndarray, at: np.ndarray, *, pairs: bool) -> Raw:
+        snapshot, out = self.snapshot, Raw()
+        users = self._users(queries)
+        for group in self.inputs.groups(pairs=pairs):
+            number = self.inputs.plan.groups.index(group)
+            mine = "user" in group.key
+            table = users[number] if mine else snapshot.groups[number]
+            codes = self.coder.of_pairs(group, at, items, queries, at)
+            out |= table.values(group, codes, queries.at[at] if mine else np.full(len(at), snapshot.at))
+        return out
+
+    def _users(self, queries: Queries) -> dict[int, Looked]:
+        """The states of all users of the batch, by group; a query's number stands for its user. Made once a batch."""
+        if "aggregates" not in queries.memo:
+            held: dict[int, list[tuple[int, GroupState, float]]] = {n: [] for n, g in enumerate(self.inputs.plan.groups) if "user" in g.key}
+            for b, user_id in enumerate(queries.user_ids):
+                state = queries.states[b] if queries.states else b""
+                states = self.stream.unpack(state) if state else self.read_user(user_id) or {}
+                for (number, key), s in states.items():
+                    held[number].append((self.coder.of_key(self.inputs.plan.groups[number], key, b), s, float(queries.at[b])))
+            queries.memo["aggregates"] = {n: self._table(self.inputs.plan.groups[n], mine) for n, mine in held.items()}
+        tables: dict[int, Looked] = queries.memo["aggregates"]
+        return tables
+
+    def _table(self, group: Group, mine: list[tuple[int, GroupState, float]]) -> Looked:
+        """Each state at its own query's time."""
+        one = [
+            looked(group, [(c, s)], Instant(at, LATEST), lambda of, v: _value_code(self.coder, of, v))
+            for c, s, at in sorted(mine, key=lambda e: e[0])
+            if c >= 0
+        ]
+        if not one:
+            return looked(group, [], Instant(0.0, 0), None)
+        columns = range(len(group.features))
+        return Looked(
+            np.concatenate([x.codes for x in one]),
+            tuple(np.concatenate([x.amounts[i] for x in one]) for i in columns),
+            tuple(np.concatenate([x.last[i] for x in one]) for i in columns),
+        )
+
+    def _item_codes(self, of: str, items: np.ndarray) -> np.ndarray:
+        column = self.inputs.columns.texts["item"][of].codes[:, 0]
+        codes: np.ndarray = np.where(items >= 0, column[np.maximum(items, 0)] if len(column) else -1, -1)
+        return codes.astype(np.float64)
+
+    def context_texts(self, of: str) -> Any:
+        """The texts of a context column, in the order of their codes."""
+        return _Texts(self.coder.texts(of))
+
+
+@dataclass(frozen=True)
+class _Texts:
+    texts: list[str]
+
+
+def _value_code(coder: Coder, of: str, value: Any) -> float:
+    return float(value) if of == "value" else float(coder.text(of, str(value), new=True))
+
+
+# ---- a bundle's states ------------------------------------------------------------------------------------------------
+
+
+def replayed(inputs: AggregateInputs, log: Interactions, told: np.ndarray, users: Vocabulary) -> Stream:
+    """The streaming road over a whole log."""
+    stream = Stream(inputs.plan, users, log.items, inputs.columns, offset_s=inputs.config.utc_offset_s)
+    for row in rows_of(log, told):
+        stream.apply(row)
+    return stream
+
+
+def rows_of(log: Interactions, told: np.ndarray, at: np.ndarray | None = None) -> Iterable[Row]:
+    """The rows of a log in outside terms, in its order or in the order of positions `at`."""
+    users, items = log.users.ids.to_pylist(), log.items.ids.to_pylist()
+    for i in range(len(log)) if at is None else at.tolist():
+        yield Row(
+            time=float(log.time[i]),
+            position=i,
+            user_id=users[log.user[i]],
+            item_id=items[log.item[i]],
+            event=log.event_names[log.event[i]],
+            value=float(log.value[i]),
+            labels={name: float(label[i]) for name, label in log.labels.items()},
+            context={name: column[i] for name, column in log.context.items()},
+            told=bool(told[i]),
+        )
+
+
+def save_states(stream: Stream, folder: Path) -> None:
+    """items.bin, and users.bin with users.indptr.npy by row of the vocabulary; states.json names their time."""
+    (folder / "items.bin").write_bytes(stream.pack(stream.of_items))
+    users = stream.vocabularies["user"]
+    packed = [stream.pack(stream.of_user.get(u, {})) for u in users.ids.to_pylist()]
+    np.save(folder / "users.indptr.npy", np.concatenate([[0], np.cumsum([len(p) for p in packed], dtype=np.int64)]))
+    np.save(folder / "users.bytes.npy", np.frombuffer(b"".join(packed), np.uint8))
+    (folder / "states.json").write_text(json.dumps({"at": stream.newest if math.isfinite(stream.newest) else 0.0}))
+
+
+def load_live(folder: Path, space: FeatureSpace, users: Vocabulary, items: Vocabulary) -> Live:
+    """The aggregates of a bundle: inputs, the catalogue's snapshot, and users' states read as they are asked for."""
+    inputs = AggregateInputs.load(folder, space)
+    stream = Stream(inputs.plan, users, items, inputs.columns, offset_s=inputs.config.utc_offset_s)
+    stream.of_items = stream.unpack((folder / "items.bin").read_bytes())
+    source = StateSource(inputs, stream, float(json.loads((folder / "states.json").read_text())["at"]))
+    indptr, held = np.load(folder / "users.indptr.npy", mmap_mode="r"), np.load(folder / "users.bytes.npy", mmap_mode="r")
+
+    def read_user(user_id: str) -> States:
+        row = users.row(user_id)
+        return stream.unpack(held[indptr[row] : indptr[row + 1]].tobytes()) if row >= 0 else {}
+
+    source.read_user = read_user  # type: ignore[assignment]
+    return Live(inputs, source, items)

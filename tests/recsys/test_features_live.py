@@ -1,0 +1,159 @@
+"""Declared aggregates from configuration to bundle: the values a loaded bundle serves are those of the log it was trained on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from recsys import packing
+from recsys.config import load
+from recsys.data.leaks import separation
+from recsys.errors import ConfigError, DataError
+from recsys.funnel import Funnel, FunnelRequest
+from recsys.prepared import Prepared, prepare
+from tests.small import YAML, config_of, recipe_of, write_data
+
+AGGREGATES = {
+    "item_n": {"kind": "count", "key": "item", "window": "30d"},
+    "item_device_n": {"kind": "count", "key": ["item", "device"], "decay": "7d"},
+    "user_n": {"kind": "count", "key": "user", "until": "day"},
+    "user_colour": {"kind": "rate", "key": ["user", "colour"], "prior": 0.5},
+    "user_price": {"kind": "mean", "key": "user", "of": "price"},
+    "price_band": {"kind": "ratio", "parts": ["price", "user_price"]},
+    "same_colour": {"kind": "match", "of": "colour", "n": 3},
+    "since": {"kind": "recency", "key": "user"},
+    "newest": {"kind": "last", "key": "user", "n": 2},
+    "newest_price": {"kind": "last", "key": "user", "of": "price", "n": 2},
+    "reach": {"kind": "distinct", "key": "colour", "of": "country", "window": "30d"},
+    "where": {"kind": "concat", "parts": ["country", "device"], "buckets": 10},
+    "look": {"kind": "concat", "parts": ["colour", "colour2"], "buckets": 10},
+}
+AGGREGATES.pop("newest_price")
+AGGREGATES.pop("look")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("live")
+    write_data(folder)
+    config = config_of(folder, f"features.aggregates={json.dumps(AGGREGATES)}")
+    steps = recipe_of(config)
+    final = steps.final()
+    bundle = folder / "bundle"
+    bundle.mkdir()
+    packing.pack(final, bundle, tower=steps.final_tower, ranker=steps.ranker)
+    return steps, final, bundle
+
+
+def test_a_bundle_goes_on_from_the_states_of_its_training_log(served):
+    _, final, bundle = served
+    loaded = Funnel.load(bundle)
+    at = float(final.live.source.asof.log.time.max()) + 1.0
+    requests = [FunnelRequest(user_id=u, k=5, at=at, context={"device": d}) for u, d in (("u0", "web"), ("u7", "phone"), ("nobody", "?"))]
+    offline, online = final.queries(requests), loaded.queries(requests)
+    assert loaded.live.source.snapshot.at == at - 1.0
+    items = np.tile(np.arange(len(final.items)), (3, 1))
+    ours = final.live.query_fields(offline) | final.live.pair_fields(offline, items)
+    theirs = loaded.live.query_fields(online) | loaded.live.pair_fields(online, items)
+    assert set(ours) == set(theirs) == set(AGGREGATES)
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
+    assert ours["item_n"].std() > 0
+    assert len(np.unique(theirs["same_colour"][0])) == 2, "u0 has one colour only"
+    assert packing.differences(loaded, bundle) == []
+
+
+def test_a_users_state_of_the_store_replaces_that_of_the_bundle(served):
+    _, _, bundle = served
+    loaded = Funnel.load(bundle)
+    stream = loaded.live.source.stream
+    state = stream.pack(loaded.live.source.read_user("u0"))
+    one = loaded.queries([FunnelRequest(user_id="u0", k=5, at=1.8e9)])
+    other = loaded.queries([FunnelRequest(user_id="stranger", k=5, at=1.8e9)])
+    other.states = (state,)
+    assert (loaded.live.query_fields(one)["user_n"] == loaded.live.query_fields(other)["user_n"]).all()
+    assert (
+        loaded.live.query_fields(one)["user_n"] != loaded.live.query_fields(loaded.queries([FunnelRequest("stranger", 5, 1.8e9)]))["user_n"]
+    ).all()
+
+
+def test_prepared_aggregates_come_back_from_disk(served, tmp_path):
+    steps, _, _ = served
+    steps.prepared.save(tmp_path)
+    again = Prepared.load(tmp_path)
+    assert again.aggregates.fields == steps.prepared.aggregates.fields
+    assert again.aggregates.scales == steps.prepared.aggregates.scales
+    queries = steps.moments.queries(np.arange(5))
+    items = steps.prepared.log.item[:5, None]
+    ours, theirs = steps.prepared.live.pair_fields(queries, items), again.live.pair_fields(queries, items)
+    assert all((ours[n] == theirs[n]).all() for n in ours)
+
+
+def test_the_ranker_learns_from_the_aggregates(served):
+    steps, final, _ = served
+    names = {f["name"] for f in json.loads((steps.ranker / "model.json").read_text())["fields"]}
+    assert set(AGGREGATES) <= names
+    assert set(AGGREGATES) - {"user_n", "user_price", "since", "newest", "where"} == {
+        f.name for f in final.ranker.pair_fields if f.name != "evidence"
+    }
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "sentence"),
+    [
+        ({"kind": "rate", "key": "shop"}, "has 'shop' in its key, which is no id or category; known: "),
+        ({"kind": "count", "key": "price"}, "has 'price' in its key, which is no id or category"),
+        ({"kind": "match", "of": "country"}, "compares 'country', which is no item column"),
+        ({"kind": "sum", "key": "user", "of": "colour"}, "adds up 'colour', which is neither 'value' nor a number column"),
+        ({"kind": "ratio", "parts": ["price", "nothing"]}, "is made of 'nothing', which is neither a number column nor an aggregate"),
+        ({"kind": "concat", "parts": ["country", "colour"]}, "that would be an embedding a pair"),
+        ({"kind": "count", "key": "user", "window": "soon"}, "'soon' is no duration; write a number and s, m, h or d"),
+        ({"kind": "count", "key": "user", "prior": 0.5}, "'prior' is not a parameter of kind 'count'; it belongs to rate"),
+        ({"kind": "rate", "key": "item", "until": "session"}, "until: session needs user in the key"),
+        ({"kind": "rate", "key": "item", "until": "day", "window": "1h"}, "until: day with window: 1h is always empty"),
+        ({"kind": "rate", "key": "item", "decay": "1h", "window": "1h"}, "give 'window' or 'decay', not both"),
+        ({"kind": "count"}, "kind 'count' needs 'key'"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_refused_with_a_sentence(tmp_path, aggregate, sentence):
+    write_data(tmp_path, users=4)
+    with pytest.raises(ConfigError) as raised:
+        config_of(tmp_path, f"features.aggregates={json.dumps({'mine': aggregate})}")
+    assert sentence in str(raised.value)
+
+
+def test_aggregates_are_no_input_of_the_two_tower(tmp_path):
+    write_data(tmp_path, users=4)
+    with pytest.raises(ConfigError, match="an aggregate: those are inputs of the fine ranker only"):
+        config_of(tmp_path, 'features.aggregates={"n": {"kind": "count", "key": "user"}}', "two_tower.features=[item_id, history, n]")
+
+
+def test_columns_known_only_afterwards_are_refused_by_name(tmp_path):
+    write_data(tmp_path, users=4)
+    with pytest.raises(
+        ConfigError, match=r"reads column 'device', which is known only after the item was shown; as an input it would leak"
+    ):
+        config_of(tmp_path, "data.interactions.after=[device]")
+    document = yaml.safe_load(YAML.format(base="base.yaml", workdir="w").replace("format: csv", "format: kuairand"))
+    document["data"]["interactions"]["context"] = {"play": {"kind": "number", "column": "play_time_ms"}}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(document | {"extends": None}))
+    with pytest.raises(ConfigError, match=r"context.play reads column 'play_time_ms', which is known only after the item was shown"):
+        load([tmp_path / "bad.yaml"])
+
+
+def test_a_context_column_that_gives_the_answer_away_is_refused_by_its_values(tmp_path):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 1_000).astype(float)
+    assert separation(label * 10 + rng.random(1_000), label, numeric=True) == 1.0
+    assert separation(rng.random(1_000), label, numeric=True) < 0.6
+    assert separation(np.where(label > 0, "yes", "no"), label, numeric=False) == 1.0
+    assert separation(np.arange(1_000).astype(str), label, numeric=False) == 0.5, "an id of its own says nothing"
+    lines = [f"u{i % 50},i{i % 40},{1_700_000_000 + i},{'phone' if y else 'web'},{int(y)}" for i, y in enumerate(label)]
+    write_data(tmp_path)
+    (tmp_path / "log.csv").write_text("uid,sku,ts,device,bought\n" + "\n".join(lines) + "\n")
+    config = config_of(tmp_path, "data.labels={bought: {column: bought}}", "data.impressions=true")
+    with pytest.raises(DataError, match=r"context\.device orders the labels of the training rows by itself \(AUC 1\.000\)"):
+        prepare(config)
