@@ -9,6 +9,7 @@ channel that needs more than the log (tables, vectors, another channel's neighbo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def fit(
     items: Catalogue | None = None,
     users: Catalogue | None = None,
     already: Mapping[str, Recaller] | None = None,
+    around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Channels:
     """Every channel fitted on the positives of `log`, in the order of the configuration.
 
     vectors (I, d) are the two-tower's item vectors (None: it was not trained, and its channel is left out); `encode` gives
     the user vectors of a batch of queries. items and users are what the tables say of them (None: nothing).
-    `already` are channels fitted elsewhere on the same log, taken as they are.
+    `already` are channels fitted elsewhere on the same log, taken as they are; each fit runs inside `around(name)`.
     """
     items, users = items or Catalogue(log.n_items), users or Catalogue(log.n_users)
     fitted: dict[str, Any] = dict(already or {})
@@ -56,19 +58,22 @@ def fit(
     for name, config in configs.items():
         if name in fitted:
             continue
-        if isinstance(config, VectorConfig):
-            if vectors is not None:
-                fitted[name] = VectorRecaller(name, encode, config.build().fit(vectors, encode(typical_users(log))))
-        elif isinstance(config, ContentConfig | ColumnVectorConfig | SegmentPopularConfig):
-            fitted[name] = config.build().fit(log, items, users)
-        elif isinstance(config, RealtimeConfig):
+        if isinstance(config, RealtimeConfig):
             leaning.append(name)
-        else:
-            fitted[name] = config.build().fit(log)
+            continue
+        with around(name):
+            if isinstance(config, VectorConfig):
+                if vectors is not None:
+                    fitted[name] = VectorRecaller(name, encode, config.build().fit(vectors, encode(typical_users(log))))
+            elif isinstance(config, ContentConfig | ColumnVectorConfig | SegmentPopularConfig):
+                fitted[name] = config.build().fit(log, items, users)
+            else:
+                fitted[name] = config.build().fit(log)
     for name in leaning:
         config = configs[name]
         assert isinstance(config, RealtimeConfig)  # noqa: S101 - told apart above
-        fitted[name] = config.build().fit(log, fitted if config.neighbors in configs else None)
+        with around(name):
+            fitted[name] = config.build().fit(log, fitted if config.neighbors in configs else None)
     return {name: fitted[name] for name in configs if name in fitted}
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from pydantic import TypeAdapter
@@ -120,12 +122,20 @@ def assemble(steps: Recipe, who: Contenders, held_out: HeldOut, *, width: int, f
         trained = Cost(time.perf_counter() - began, float("nan"))
         ranker = steps.ranker if who.ranker else None
         all_trained = Cost(time.perf_counter() - began, float("nan"))
+        already = {n: c for n, c in fitted.items() if n in who.fitted}
+        here: dict[str, Cost] = {}
+        merge = steps.merging if who.stages else None
         funnel = steps.funnel(
-            steps.cut.judged_mask, tower, ranker, configs=who.fitted, already={n: c for n, c in fitted.items() if n in who.fitted}
+            steps.cut.judged_mask, tower, ranker, configs=who.fitted, already=already, merge=merge, around=partial(_timed, here)
         )
         fitted |= funnel.channels
-        recalled = sum(costs[n].seconds for n in who.fitted if n in costs)
-        costs |= {n: trained for n, c in who.fitted.items() if isinstance(c, VectorConfig)}
+        costs |= here
+        recalled = sum(costs[n].seconds for n in who.fitted if n in costs)  # without the training of the two-tower
+        costs |= {
+            n: Cost(trained.seconds + here[n].seconds, float("nan"))
+            for n, c in who.fitted.items()
+            if isinstance(c, VectorConfig) and n in here
+        }
         costs |= {"merged": Cost(recalled + trained.seconds * who.tower, float("nan"))}
         costs |= {"coarse": costs["merged"], "fine": Cost(recalled + all_trained.seconds, float("nan"))}
         costs["funnel"] = costs["fine"]
@@ -147,6 +157,16 @@ def assemble(steps: Recipe, who: Contenders, held_out: HeldOut, *, width: int, f
         rows, width, len(steps.prepared.log.items), frozenset(who.baselines), funnel if who.stages else None, _rankable(who, funnel)
     )
     return judge, Rows(kinds, costs, same, skipped)
+
+
+@contextmanager
+def _timed(costs: dict[str, Cost], name: str) -> Iterator[None]:
+    """Note what the fit of a channel takes that leans on others."""
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+    costs[name] = Cost(seconds, memory.mib)
 
 
 def _rankable(who: Contenders, funnel: object) -> tuple[str, ...]:

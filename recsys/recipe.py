@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ from recsys.moments import Moments
 from recsys.prepared import Prepared
 from recsys.recall.merge import MergeConfig
 from recsys.recall.popular import PopularConfig
+from recsys.recall.vector import VectorConfig
 from recsys.training import ModelConfig, TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -222,8 +224,10 @@ class Recipe:
         if not given.learn:
             return given
         cut = self.cut
+        by_tower = any(isinstance(channel, VectorConfig) for channel in self.config.recall.channels.values())
+        tower = self.base_tower if by_tower else None  # a merge of other channels trains no network
         found = blending.blend(
-            lambda: self.funnel(cut.base_mask, self.base_tower, None, merge=given),
+            lambda: self.funnel(cut.base_mask, tower, None, merge=given),
             lambda most: blending.questions(
                 self.prepared, self.moments, cut.base_mask, np.concatenate([cut.window, cut.valid]), most=most, seed=self.config.seed
             ),
@@ -254,11 +258,12 @@ class Recipe:
         configs: Mapping[str, ChannelConfig] | None = None,
         already: Mapping[str, Recaller] | None = None,
         merge: MergeConfig | None = None,
+        around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> Funnel:
         """A funnel whose channels know the rows of `mask` (E,) and nothing else.
 
         Without a tower it has no coarse stage and no vector channel. `configs` stand in for the configured channels; those
-        in `already` were fitted on the same rows. `merge` stands in for the merge in force.
+        in `already` were fitted on the same rows; each fit runs inside `around(name)`. `merge` stands in for the merge in force.
         """
         p, config = self.prepared, self.config
         if merge is None:
@@ -290,7 +295,7 @@ class Recipe:
         )
         wanted = config.recall.channels if configs is None else configs
         funnel.channels = channels.fit(
-            wanted, known, vectors=vectors, encode=funnel.user_vectors, items=p.catalogue, users=p.profiles, already=already
+            wanted, known, vectors=vectors, encode=funnel.user_vectors, items=p.catalogue, users=p.profiles, already=already, around=around
         )
         return funnel
 

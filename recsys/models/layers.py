@@ -96,6 +96,10 @@ class Embedded:
         return dict(zip(self.widths, self.values.split(list(self.widths.values()), dim=1), strict=True))
 
 
+SPARSE_FROM = 65_536
+"""Rows above which a plain table's gradient may be sparse: sorting a batch's ids costs more than a small table (2 of 4 s an epoch)."""
+
+
 class FieldEmbeddings(nn.Module):
     """Plain tables on one device: the meaning that every other implementation must reproduce.
 
@@ -112,7 +116,8 @@ class FieldEmbeddings(nn.Module):
         self.tables = nn.ParameterDict({t.name: nn.Parameter(init_rows(t, 0, t.size, std=std, seed=seed)) for t in tables})
 
     def _rows(self, table: str, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids.long(), self.tables[table], sparse=self.sparse)
+        rows = self.tables[table]
+        return nn.functional.embedding(ids.long(), rows, sparse=self.sparse and len(rows) > SPARSE_FROM)
 
     def forward(self, ids: Mapping[str, Tensor], B: int) -> Embedded:
         """Look every field of `ids`, of B rows each, up. Raises IndexError for an id outside its table."""
@@ -149,7 +154,7 @@ def plain_tables(fields: Sequence[Field], tables: Sequence[Table], std: float, s
 
 
 def sparse_tables(fields: Sequence[Field], tables: Sequence[Table], std: float, seed: int) -> nn.Module:
-    """Plain tables whose gradients are sparse: an update costs what the batch touched, not the whole table."""
+    """Plain tables whose gradients are sparse where they are large: an update costs what the batch touched, not the whole table."""
     torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns until one says yes or no
     return FieldEmbeddings(fields, tables, std=std, seed=seed, sparse=True)
 
