@@ -28,7 +28,7 @@ examples: {{window_events: 2, recalled: 4, max_moments: 500}}
 recall: {{merge: {{limit: 40, quota: 20}}}}
 coarse_rank: {{keep: 30}}
 fine_rank: {{keep: 20, model: {{dim: 4, hidden: [8]}}, training: {{epochs: 1, batch_size: 256, granule: 64}}}}
-two_tower: {{model: {{dim: 4, user_hidden: [], item_hidden: []}}, training: {{epochs: 1, batch_size: 1024, granule: 64}}}}
+two_tower: {{refit: false, model: {{dim: 4, user_hidden: [], item_hidden: []}}, training: {{epochs: 1, batch_size: 1024, granule: 64}}}}
 """
 
 
