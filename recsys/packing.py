@@ -24,7 +24,7 @@ from recsys.features.inputs import Live, LogSource
 from recsys.features.states import StateSource, replayed, save_states
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import save_columns
-from recsys.recall.vector import VectorRecaller
+from recsys.recall.vector import VectorIndex
 
 GOLDEN = "golden.json"
 GOLDEN_USERS = 16
@@ -61,11 +61,11 @@ def pack(funnel: Funnel, folder: Path, *, tower: Path, ranker: Path) -> dict[str
         for file in ("model.json", "model.safetensors"):
             shutil.copyfile(source / file, folder / name / file)
     (folder / GOLDEN).write_text(json.dumps(_golden(folder), indent=1))
-    indexes = [c.index for c in funnel.channels.values() if isinstance(c, VectorRecaller)]
+    indexes = [index for c in funnel.channels.values() if isinstance(index := getattr(c, "index", None), VectorIndex)]
     return {
         "schema_hash": funnel.space.schema_hash,
         "config": document,
-        "index_recall": float(indexes[0].measured_recall) if indexes else None,
+        "index_recall": min((float(i.measured_recall) for i in indexes), default=None),
         "bytes_per_item": _bytes_per_item(folder, len(funnel.items)),
     }
 
