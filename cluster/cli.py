@@ -229,13 +229,20 @@ def evaluate(
         Literal["next_item", "top_n", "time", "ncf", "ctr"] | None,
         typer.Option(help="How to judge, instead of what the configuration says."),
     ] = None,
-    models: Annotated[str | None, typer.Option(help="Rows to report, by comma: item_cf,popular,merged,coarse,fine,funnel")] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(help="Rows to report, by comma: item_cf,popular,merged,funnel. Nothing else is fitted but the baselines beside them."),
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as one HTML page.")] = None,
 ) -> None:
-    """An honest offline report: every channel, every stage and the whole funnel on the same held-out events.
+    """An honest offline report: every channel, every stage, the whole funnel and four baselines on the same held-out events.
 
-    Example: rayfunnel evaluate -c configs/movielens.yaml --protocol next_item --json report.json
+    Examples:
+
+      rayfunnel evaluate -c configs/movielens.yaml --html report.html --json report.json
+
+      rayfunnel evaluate -c configs/movielens.yaml --protocol top_n --models ease,ials
     """
     from cluster import pipeline
 
