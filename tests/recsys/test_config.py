@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from recsys.config import Config, load, manual, read, written
+from recsys.config import CHANNELS, Config, load, manual, read, written
 from recsys.config_faults import dotted_paths, redact
 from recsys.config_file import Reader, read_as
 from recsys.config_manual import document
@@ -288,7 +288,7 @@ recall:
         """mine.yaml:10: serve.port must be a valid integer (got "eighty").""",
         "mine.yaml:11: learning_rate is not a known key. Did you mean 'two_tower.training.learning_rate'?",
         "mine.yaml:14: recall.channels.item_cf.neighbours is not a known key. Did you mean 'neighbors'?",
-        "mine.yaml:15: recall.channels.own.type is missing; one of item_cf, user_cf, ease, ials, bpr, markov, popular, realtime, two_tower.",
+        f"mine.yaml:15: recall.channels.own.type is missing; one of {', '.join(CHANNELS)}.",
     ]
     with pytest.raises(ConfigError) as raised:
         load([path])
