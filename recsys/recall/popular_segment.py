@@ -40,8 +40,9 @@ class SegmentPopularConfig(FrozenConfig):
     people take next after an item of that category). Of several values the first counts."""
     half_life_h: PositiveFloat | None = 336.0
     """Hours before the end of the log in which an event loses half its weight; null: plain counts."""
-    smoothing: PositiveFloat = 20.0
-    """Events of everybody that are mixed into each segment: what few have said weighs little."""
+    smoothing: PositiveFloat = 1_000.0
+    """Events of everybody that are mixed into each segment: what few have said weighs little. For new users of ML-100k by occupation
+    NDCG@10 is .387 with 20, .422 with 3,000; .429 is everybody's."""
     minimum_events: NonNegativeFloat = 50.0
     """A segment with fewer (faded) events than this gets what is popular with everybody."""
 

@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ from recsys import prepared as prepared_module
 from recsys.allowed import Allowed, Mask
 from recsys.batches import Examples
 from recsys.config import load
-from recsys.core import Queries, Query
+from recsys.core import Queries, Query, Vocabulary
 from recsys.data import events
 from recsys.data.interactions import Interactions
 from recsys.errors import DataError
@@ -75,10 +76,20 @@ class Cold:
         if self.config.fetch is not None and self.config.fetched is not None:
             fetch(self.config.fetch, self.config.fetched)
         data = events.load(self.config.data, self.config.base, keep=self.config.split.keep)
-        self.all = data.interactions
-        self.new_users, self.new_items = held_out(self.all, seed)
+        self.new_users, new = held_out(data.interactions, seed)
+        # Rows are numbered by first events: without a shuffle, ties among the new items would tell who was there early.
+        rows = np.concatenate([np.flatnonzero(~new), np.random.default_rng(seed).permutation(np.flatnonzero(new))])
+        place = np.argsort(rows).astype(np.int32)
+        self.all = replace(
+            data.interactions,
+            items=Vocabulary(data.interactions.items.ids.take(pa.array(rows))),
+            item=place[data.interactions.item],
+            past=None,
+        )
+        data = replace(data, items=data.items.iloc[rows].reset_index(drop=True))
+        self.new_items = new[rows]
         kept = ~self.new_users[self.all.user] & ~self.new_items[self.all.item]
-        left = replace(self.all.where(kept), past=None)
+        left = self.all.where(kept)
         with mock.patch.object(prepared_module, "load", return_value=replace(data, interactions=left)):
             prepared = prepare(self.config)
         steps = Recipe(self.config, prepared, folder, _trainer(folder))
