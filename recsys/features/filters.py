@@ -45,6 +45,10 @@ class Filters:
         self._masks: OrderedDict[Filter, Mask] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Filters], tuple[Catalogue, Vocabulary]]:
+        """Sent to another process, it starts with no masks and a lock of its own."""
+        return Filters, (self._catalogue, self._items)
+
     @property
     def columns(self) -> list[str]:
         """What can be filtered by."""
