@@ -74,7 +74,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Bring, check and look at the data a configuration names.")
 config_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Check a configuration, or show what its files add up to.")
+features_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at the features that a configuration declares.")
 app.add_typer(data_app, name="data", rich_help_panel=DATA)
+app.add_typer(features_app, name="features", rich_help_panel=DATA)
 app.add_typer(config_app, name="config", rich_help_panel=CONFIG)
 
 
@@ -333,6 +335,17 @@ def versions(config: ConfigFiles, settings: Settings = None) -> None:
         metrics = [f"{value:.4f}" if isinstance(value := listed.manifest.metrics.get(name), float) else "" for name in names]
         table.add_row(listed.version, ", ".join(listed.aliases), listed.manifest.created, f"{listed.bytes / 1e6:.1f}", *metrics)
     out.print(table)
+
+
+@features_app.command("describe")
+def features_describe(config: ConfigFiles, settings: Settings = None) -> None:
+    """Each declared aggregate: kind, key, window, coverage, distribution, staleness, bytes of state.
+
+    Example: rayfunnel features describe -c configs/kuairand_live.yaml
+    """
+    from cluster import features_report
+
+    features_report.describe(load(config, settings), out)
 
 
 # Configuration.

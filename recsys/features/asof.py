@@ -222,7 +222,9 @@ class AsOf:
             hi = np.where(hi > start, runs.before_session(events, hi, times, start, m.gap_s), hi)
         if not getattr(m, "buckets", 0):
             return start, hi
-        bucket = np.floor((self.log.time + m.offset_s) / m.bucket_s)
+        if ("bucket", m.bucket_s) not in events.cache:
+            events.cache["bucket", m.bucket_s] = np.floor((self.log.time + m.offset_s) / m.bucket_s)
+        bucket = events.cache["bucket", m.bucket_s]
         oldest = np.searchsorted(bucket, np.floor((times + m.offset_s) / m.bucket_s) - m.buckets, "right")
         lo = np.searchsorted(events.keys, number * places + oldest, "left")
         return lo, np.maximum(lo, hi)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -45,7 +46,7 @@ class TextColumn:
         """The texts of a row; none for -1."""
         return [self.texts[c] for c in self.codes[row] if c >= 0] if row >= 0 else []
 
-    @property
+    @cached_property
     def index(self) -> dict[str, int]:
         """Text -> code."""
         return {text: code for code, text in enumerate(self.texts)}
