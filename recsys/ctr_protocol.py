@@ -161,7 +161,9 @@ def _ratings(prepared: Prepared, asked: dict[str, np.ndarray], scores: dict[str,
     return out
 
 
-def _bins_of(prepared: Prepared, test: np.ndarray) -> tuple[tuple[np.ndarray, list[dict[str, int]]], tuple[np.ndarray, list[dict[str, int]]]]:
+def _bins_of(
+    prepared: Prepared, test: np.ndarray
+) -> tuple[tuple[np.ndarray, list[dict[str, int]]], tuple[np.ndarray, list[dict[str, int]]]]:
     """Bins of the test rows by training rows of their user, and of their item."""
     log, train = prepared.log, prepared.split.train
     rows_of_user, rows_of_item = np.bincount(log.user[train], minlength=log.n_users), np.bincount(log.item[train], minlength=log.n_items)

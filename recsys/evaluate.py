@@ -152,9 +152,7 @@ def users_of_items(known: Interactions) -> sparse.csr_matrix:
     return had
 
 
-def _beyond(
-    lists: np.ndarray, counts: np.ndarray, seen: np.ndarray | None, item_users: sparse.csr_matrix | None
-) -> dict[str, np.ndarray]:
+def _beyond(lists: np.ndarray, counts: np.ndarray, seen: np.ndarray | None, item_users: sparse.csr_matrix | None) -> dict[str, np.ndarray]:
     top = lists[:, :DEPTH]
     out = {
         f"novelty@{DEPTH}": novelty(top, counts),
@@ -189,9 +187,7 @@ def bins(values: np.ndarray, what: str) -> tuple[np.ndarray, list[dict[str, int]
     edges = np.unique(np.quantile(positive, np.linspace(0, 1, BINS + 1)[1:-1], method="lower")) if len(positive) else np.empty(0)
     at = np.where(values > 0, 1 + np.searchsorted(edges, values, side="left"), 0)
     used, at = np.unique(at, return_inverse=True)
-    bins = [
-        {"from": int(values[at == b].min()), "to": int(values[at == b].max()), what: int((at == b).sum())} for b in range(len(used))
-    ]
+    bins = [{"from": int(values[at == b].min()), "to": int(values[at == b].max()), what: int((at == b).sum())} for b in range(len(used))]
     return at, bins
 
 
