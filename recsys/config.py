@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, PrivateAttr, field_serializer, field_validator
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, field_serializer, field_validator
 
 from recsys.config_faults import Fault, flatten, nearest, redact, tag_of
 from recsys.config_file import Loaded, read_as
@@ -142,10 +142,12 @@ class TwoTowerSection(FrozenConfig):
 
 
 class CoarseRankConfig(FrozenConfig):
-    """The first cut of the merged candidates, by two-tower dot product."""
+    """The first cut of the merged candidates: two-tower cosine, and what the channels together say."""
 
     keep: PositiveInt = 300
     """Candidates that go on to the fine rank."""
+    merged: NonNegativeFloat = 0.5
+    """Weight of the merged recall's score, as a share of the query's best, beside the cosine; 0: the cosine alone."""
 
 
 class FineRankConfig(FrozenConfig):

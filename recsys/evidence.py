@@ -29,11 +29,17 @@ def evidence(candidates: Candidates) -> np.ndarray:
     best = np.abs(scores).max(axis=1, keepdims=True, initial=1e-9)
     depth = np.where(found, np.log1p(candidates.channel_ranks.astype(np.float32)) / _DEEPEST, 1).astype(np.float32)
     empty = np.zeros(candidates.scores.shape, np.float32)
-    merged = empty if candidates.merged is None else np.where(np.isfinite(candidates.merged), candidates.merged, 0)
-    merged = merged / np.abs(merged).max(axis=1, keepdims=True, initial=1e-9)
+    merged = empty if candidates.merged is None else share_of_best(candidates.merged)
     coarse = np.where(np.isfinite(candidates.scores), candidates.scores, 0) if candidates.stage == "coarse_rank" else empty
     parts = [found.astype(np.float32), scores / best, depth, merged[:, :, None], coarse[:, :, None]]
     return np.concatenate(parts, axis=2, dtype=np.float32)
+
+
+def share_of_best(merged: np.ndarray) -> np.ndarray:
+    """(B, N) merged scores, -inf in empty slots -> (B, N) as shares of the row's largest; 0 in empty slots."""
+    scores = np.where(np.isfinite(merged), merged, 0)
+    share: np.ndarray = scores / np.abs(scores).max(axis=1, keepdims=True, initial=1e-9)
+    return share
 
 
 def unvouched(width: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from recsys.allowed import Filter
 from recsys.config import Config
 from recsys.core import UNKNOWN, Candidates, Queries, Query, Recaller, Reranker, Vocabulary, load_arrow, top_k
 from recsys.errors import BundleError, RequestError
-from recsys.evidence import EVIDENCE, evidence
+from recsys.evidence import EVIDENCE, evidence, share_of_best
 from recsys.export import RankerEngine
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
@@ -187,11 +187,13 @@ class Funnel:
         return out
 
     def coarse_rank(self, queries: Queries, candidates: Candidates) -> Candidates:
-        """Two-tower score of every candidate: a dot product with cached item vectors."""
+        """Two-tower cosine with cached item vectors, plus a share of the merged score: what one model alone cannot know."""
         if self.vectors is None:
             raise BundleError("This funnel was loaded without its coarse stage. Load it with stages=('coarse_rank', …).")
         wanted = self.vectors[candidates.items]  # (B, N, d); row -1 of an empty slot is ignored below
         scores = np.einsum("bd,bnd->bn", self.user_vectors(queries), wanted, optimize=True)
+        if self.config.coarse_rank.merged and candidates.merged is not None:
+            scores = scores + np.float32(self.config.coarse_rank.merged) * share_of_best(candidates.merged)
         keep = max(self.config.coarse_rank.keep, self._depth(queries))
         return candidates.ranked(scores, keep, stage="coarse_rank", explain=queries.explain)
 

@@ -90,6 +90,21 @@ def test_excluded_items_do_not_come_back(funnel):
     assert not {i.item_id for i in first} & {i.item_id for i in again}
 
 
+def test_the_coarse_score_is_the_cosine_plus_half_of_the_merged_score_as_a_share_of_the_best(funnel):
+    queries = funnel.queries([request("u0"), request("nobody")])
+    merged = funnel.recall(queries)
+    coarse = funnel.coarse_rank(queries, merged)
+    for b in range(2):
+        want = {
+            int(item): float(funnel.user_vectors(queries)[b] @ funnel.vectors[item]) + 0.5 * float(score / merged.scores[b, 0])
+            for item, score in zip(merged.items[b], merged.scores[b], strict=True)
+            if item >= 0
+        }
+        got = {int(i): float(s) for i, s in zip(coarse.items[b], coarse.scores[b], strict=True) if i >= 0}
+        assert got == pytest.approx({i: want[i] for i in got}, abs=1e-5)
+        assert sorted(got.values(), reverse=True) == list(got.values())
+
+
 def test_explain_gives_every_stage_and_every_channel(funnel):
     item = pages(funnel, [request("u0", explain=True)])[0][0]
     assert item.explain is not None
