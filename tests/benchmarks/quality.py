@@ -33,6 +33,7 @@ from recsys.recipe import Recipe
 from recsys.training import ModelConfig, TrainingConfig, describe, train_locally
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SHOWN = ("ndcg@10", "recall@10", "hit@10", "mrr@10")
 SETS = ("movielens", "movielens_ctr", "kuairand", "kuairand_ctr")
 
 
@@ -70,7 +71,7 @@ def _funnel(config: Config, steps: Recipe) -> dict[str, dict[str, float]]:
     log = steps.prepared.log
     counts = np.bincount(log.item, minlength=log.n_items)
     report = evaluate_funnel(steps.judged(), steps.held_out(), counts, protocol="held-out", ks=config.evaluate.ks)
-    rows = {row.model: {k: v for k, v in row.metrics().items() if k.endswith("@10")} for row in report.rows}
+    rows = {row.model: {k: v for k, v in row.metrics().items() if k in SHOWN} for row in report.rows}
     rows["kept"] = {f"after {stage}": share for stage, share in report.stage_recall.items()} | {"coarse-fine spearman": report.spearman}
     return rows
 
