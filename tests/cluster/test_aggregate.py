@@ -49,7 +49,7 @@ def test_describe_without_aggregates_says_how_to_declare_one(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray asks its own settings
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, which asks its own settings and pandas' old names
 def test_the_log_dealt_by_key_gives_the_values_of_one_process(config, ray_cluster):
     from cluster import aggregate
 
@@ -59,8 +59,8 @@ def test_the_log_dealt_by_key_gives_the_values_of_one_process(config, ray_cluste
     expected = asof.values(asof.at_rows(np.arange(len(log))))
     rows = aggregate.as_dataset(log, prepared.told)
     for group in inputs.plan.groups:
-        got = aggregate.values(rows, inputs, log, group, parts=3).to_pandas().sort_values("position")
-        assert got["position"].tolist() == list(range(len(log)))
+        got = sorted(aggregate.values(rows, inputs, log, group, parts=3).take_all(), key=lambda row: row["position"])
+        assert [row["position"] for row in got] == list(range(len(log)))
         for f in group.features:
-            values = np.stack(got[f.name].to_list()) if expected[f.name].ndim > 1 else got[f.name].to_numpy()
+            values = np.array([row[f.name] for row in got])
             np.testing.assert_allclose(values, expected[f.name], rtol=1e-9, err_msg=f.name)
