@@ -20,7 +20,7 @@ from recsys.errors import DataError, TrainingError
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "init", "data fetch", "data validate", "data describe", "prepare", "train", "tune", "evaluate", "recommend",
+    "init", "data fetch", "data validate", "data describe", "prepare", "train", "tune", "evaluate", "recommend", "features describe",
     "publish", "promote", "rollback", "versions", "config check", "config show",
 )  # fmt: skip
 runner = CliRunner()
