@@ -3,6 +3,7 @@
 Keys, all of a user in one hash slot (ready for a cluster), p being the user's partition:
     rf:{p}:log            stream, the log; never expires and is never evicted (eviction takes only keys with a TTL)
     rf:{p}:h:<user>       string, the history (see `from_history`); TTL
+    rf:{p}:s:<user>       hash, the user's counters: written by consumers alone (cluster/partition.py); TTL
     rf:{p}:p:<user>       string, the profile as JSON; no TTL, nothing could rebuild it
     rf:{p}:e:<digest>     mark of an event already told; TTL
 """
@@ -50,13 +51,13 @@ EVENTS_A_CALL = 500
 
 APPEND = """
 -- KEYS: log, then mark and history of each event. ARGV: mark TTL (s), history TTL (s), history length, then entry and record of each.
--- An empty entry stays out of the history. Answers how many events were new.
-local limit, accepted = tonumber(ARGV[3]), 0
+-- An empty entry stays out of the history, an empty record out of the log. Answers a character per event: 1 where it was new.
+local limit, told = tonumber(ARGV[3]), {}
 for i = 1, (#KEYS - 1) / 2 do
   local mark, key, entry, record = KEYS[2 * i], KEYS[2 * i + 1], ARGV[2 * i + 2], ARGV[2 * i + 3]
-  if redis.call('SET', mark, '', 'NX', 'EX', ARGV[1]) then
-    redis.call('XADD', KEYS[1], '*', 'e', record)
-    accepted = accepted + 1
+  told[i] = redis.call('SET', mark, '', 'NX', 'EX', ARGV[1]) and '1' or '0'
+  if told[i] == '1' then
+    if record ~= '' then redis.call('XADD', KEYS[1], '*', 'e', record) end
     if entry ~= '' then
       local time, size = struct.unpack('<i8', entry), #entry - 8
       local count, index, body = 0, '', ''
@@ -82,7 +83,7 @@ for i = 1, (#KEYS - 1) / 2 do
     end
   end
 end
-return accepted
+return table.concat(told)
 """
 _SHA = hashlib.sha1(APPEND.encode(), usedforsecurity=False).hexdigest()
 _COUNT, _TIME, _INDEX = struct.Struct("<H"), struct.Struct("<q"), struct.Struct("<Hq")
@@ -127,20 +128,34 @@ def redacted(url: str) -> str:
     return url.replace(f":{parts.password}@", ":***@") if parts.password else url
 
 
+def connected(url: str, *, timeout_s: float | None = None) -> Redis:
+    """A client of the server at `url`: redis://, rediss:// or unix://. It asks again once where a connection was closed meanwhile.
+
+    A password may stand in the environment instead, as RAYFUNNEL_REDIS_PASSWORD. Raises ConfigError for what is no address.
+    """
+    password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            protocol=2,
+            max_connections=16,
+            retry=Retry(NoBackoff(), 1),
+            socket_connect_timeout=1.0,
+            socket_timeout=timeout_s,
+            **password,
+        )
+    except ValueError as fault:
+        raise ConfigError(f"redis_url '{redacted(url)}' is no address of a Redis ({fault}). Expected redis://host:6379/0.") from fault
+    return Redis.from_pool(pool)
+
+
 class RedisStore:
     """The FeatureStore on a Redis or Valkey server, for one event loop; it reconnects by itself."""
 
     def __init__(self, url: str, config: StoreConfig | None = None, history: HistoryConfig | None = None) -> None:
-        """`url`: redis://, rediss:// or unix://. A password may stand in the environment instead, as RAYFUNNEL_REDIS_PASSWORD."""
+        """`url` as in `connected`."""
         self.config, self.history, self.shown_url = config or StoreConfig(), history or HistoryConfig(), redacted(url)
-        password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url, protocol=2, max_connections=16, retry=Retry(NoBackoff(), 1), socket_connect_timeout=1.0, **password
-            )
-        except ValueError as fault:
-            raise ConfigError(f"redis_url '{self.shown_url}' is no address of a Redis ({fault}). Expected redis://host:6379/0.") from fault
-        self._redis = Redis(connection_pool=pool)
+        self._redis = connected(url)
         self._prepared: bool = False
         self._wait_for_disk = False
 
@@ -149,32 +164,49 @@ class RedisStore:
 
     async def append(self, events: Sequence[NewEvent]) -> AppendResult:
         """See FeatureStore: durable, atomic per event; grouped by partition, one round trip."""
-        calls = self._calls(events)
-        accepted = await self._answered(self._append(calls), self.config.append_timeout_ms / 1000.0) if calls else 0
-        return AppendResult(accepted, len(events) - accepted)
+        return (await self.append_all([events]))[0]
 
-    def _calls(self, events: Sequence[NewEvent]) -> list[list[Any]]:
-        """The arguments of each Lua call: at most EVENTS_A_CALL events of one partition, in the order they came."""
-        by_partition: dict[int, list[NewEvent]] = defaultdict(list)
-        for event in events:
-            by_partition[partition_of(event.user_id, self.config.partitions)].append(event)
+    async def append_all(self, calls: Sequence[Sequence[NewEvent]]) -> list[AppendResult]:
+        """See FeatureStore: one round trip for all callers."""
+        events = [event for told in calls for event in told]
+        if not events:
+            return [AppendResult(0, 0) for _ in calls]
+        new = await self._answered(self._told(events), self.config.append_timeout_ms / 1000.0)
+        results, at = [], 0
+        for told in calls:
+            accepted = sum(new[at : at + len(told)])
+            results.append(AppendResult(accepted, len(told) - accepted))
+            at += len(told)
+        return results
+
+    async def _told(self, events: Sequence[NewEvent]) -> list[bool]:
+        """Log events and update histories; whether each was new."""
+        return await self._append(*self._calls(events, [to_record(e) for e in events]), len(events))
+
+    def _calls(self, events: Sequence[NewEvent], records: Sequence[bytes]) -> tuple[list[list[Any]], list[list[int]]]:
+        """The arguments of each Lua call, at most EVENTS_A_CALL events of one partition in the order they came; and which."""
+        by_partition: dict[int, list[int]] = defaultdict(list)
+        for i, event in enumerate(events):
+            by_partition[partition_of(event.user_id, self.config.partitions)].append(i)
         limits = [math.ceil(self.config.duplicate_ttl_h * 3600), math.ceil(self.config.user_ttl_h * 3600), self.history.length]
-        calls = []
-        for partition, told in by_partition.items():
-            for a in range(0, len(told), EVENTS_A_CALL):
+        calls, which = [], []
+        for partition, mine in by_partition.items():
+            for a in range(0, len(mine), EVENTS_A_CALL):
                 keys, values = [self._key(partition, "log")], list[Any](limits)
-                for event in told[a : a + EVENTS_A_CALL]:
+                for i in mine[a : a + EVENTS_A_CALL]:
+                    event = events[i]
                     keys += [self._mark(partition, event), self._key(partition, "h:", event.user_id)]
-                    values += [to_entry(event) if self.history.admits(event.event) else b"", to_record(event)]
+                    values += [to_entry(event) if self.history.admits(event.event) else b"", records[i]]
                 calls.append([len(keys), *keys, *values])
-        return calls
+                which.append(mine[a : a + EVENTS_A_CALL])
+        return calls, which
 
     def _mark(self, partition: int, event: NewEvent) -> bytes:
         user = event.user_id.encode()
         told = len(user).to_bytes(4, "little") + user + event.event_id.encode()
         return self._key(partition, "e:") + hashlib.blake2b(told, digest_size=12).digest()
 
-    async def _append(self, calls: list[list[Any]]) -> int:
+    async def _append(self, calls: list[list[Any]], which: list[list[int]], n: int) -> list[bool]:
         await self._prepare()
         answers = await self._eval(calls)
         unknown = [i for i, answer in enumerate(answers) if isinstance(answer, faults.NoScriptError)]
@@ -182,10 +214,13 @@ class RedisStore:
             await self._redis.script_load(APPEND)
             for i, answer in zip(unknown, await self._eval([calls[i] for i in unknown]), strict=True):
                 answers[i] = answer
-        for answer in answers:
+        new = [False] * n
+        for answer, mine in zip(answers, which, strict=True):
             if isinstance(answer, Exception):
                 raise answer
-        return sum(answers)
+            for i, said in zip(mine, answer, strict=True):
+                new[i] = said == ord("1")
+        return new
 
     async def _eval(self, calls: list[list[Any]]) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipe:
@@ -201,14 +236,21 @@ class RedisStore:
         return answers
 
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:
-        """See FeatureStore: one command for the whole micro-batch."""
+        """See FeatureStore: one round trip for the whole micro-batch."""
         return await self._answered(self._read(user_ids), timeout_s) if user_ids else []
 
     async def _read(self, user_ids: Sequence[str]) -> list[UserState]:
         await self._prepare()
         homes = [(partition_of(user_id, self.config.partitions), user_id) for user_id in user_ids]
-        held = await self._redis.mget([self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "p:")])
-        return [UserState(from_history(h), orjson.loads(p) if p else {}) for h, p in zip(held[::2], held[1::2], strict=True)]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.mget([self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "p:")])
+            for p, user_id in homes:
+                pipe.hvals(self._key(p, "s:", user_id))
+            held, *counters = await pipe.execute()
+        return [
+            UserState(from_history(h), orjson.loads(p) if p else {}, b"".join(c))
+            for h, p, c in zip(held[::2], held[1::2], counters, strict=True)
+        ]
 
     async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
         """See FeatureStore."""

@@ -29,11 +29,18 @@ class StoreConfig(FrozenConfig):
     partitions: PositiveInt = 16
     """Event streams that users are spread over; one consumer owns each. Fixed once a store holds events."""
     user_ttl_h: PositiveFloat = 24.0 * 90
-    """Hours after a user's last event when that user's history is forgotten. The log itself never expires."""
+    """Hours after a user's last event when that user's history and counters are forgotten. The log itself never expires."""
     duplicate_ttl_h: PositiveFloat = 1.0
     """Hours during which a repeated event id is recognised. Costs about 100 bytes per event of that time."""
     append_timeout_ms: PositiveFloat = 5_000.0
     """How long an append may take before the store counts as unavailable."""
+    append_batch: PositiveInt = 2_000
+    """Most events of concurrent calls that go to the store in one round. A larger call goes by itself, whole."""
+    memory_mb: PositiveInt | None = None
+    """Budget of the embedded store. Beyond it, histories and counters of users who were away for longest are evicted, and never
+    the log: a log that fills it by itself refuses events with 503. A Redis of your own has `maxmemory` and
+    `maxmemory-policy volatile-lru` for that. A user takes about 70 bytes an event of the history, and what the counters take: see
+    `rayfunnel ingest status`. null: what the host has."""
 
 
 class NewEvent(NamedTuple):
@@ -68,10 +75,11 @@ class LoggedEvent(NamedTuple):
 
 @dataclass
 class UserState:
-    """What the store knows of a user: history, oldest first, and profile."""
+    """What the store knows of a user: history, oldest first, profile, and packed counters (see `stream.Stream.unpack`)."""
 
     events: list[StoredEvent] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
+    counters: bytes = b""
 
 
 class AppendResult(NamedTuple):
@@ -86,6 +94,10 @@ class FeatureStore(Protocol):
 
     async def append(self, events: Sequence[NewEvent]) -> AppendResult:
         """Log events and update histories; durable when it returns. Repeating a call is harmless, a failed one included."""
+        ...
+
+    async def append_all(self, calls: Sequence[Sequence[NewEvent]]) -> list[AppendResult]:
+        """`append` for several callers in one round; fails for all or for none."""
         ...
 
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:
@@ -171,6 +183,11 @@ class MemoryStore:
             if self.history.admits(event.event):
                 self._enter(from_record(record))
         return AppendResult(accepted, len(events) - accepted)
+
+    async def append_all(self, calls: Sequence[Sequence[NewEvent]]) -> list[AppendResult]:
+        for event in (e for events in calls for e in events):
+            to_record(event)
+        return [await self.append(events) for events in calls]
 
     def _enter(self, event: NewEvent) -> None:
         line = self._histories.setdefault(event.user_id, [])

@@ -1,0 +1,107 @@
+"""The second hop: item-side counters of our partitions over the logs of all, and their snapshots for rankers.
+
+A key without a user (item, author, item and tab) gets events from every partition of users. Its owner reads all logs, keeps a
+position for each beside the counters, and moves both in one step: what an event adds to which key is a pure function of it, so
+the log is all that the hops need to hand over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from cluster.event_log import EventLog
+from cluster.owned import Holding, Owned
+from cluster.partition import ItemStep
+from recsys.features.counting import home
+from recsys.features.snapshot import packed_snapshot
+from recsys.features.stream import Key
+
+Name = tuple[int, Key]
+
+
+class ItemHop:
+    """Counts the item-side keys of the partitions that are held."""
+
+    def __init__(self, held: Holding, log: EventLog) -> None:
+        self._held, self._log = held, log
+        self._publishing_s = 0.0
+
+    async def step(self) -> dict[int, Exception | int]:
+        """One step: per partition that changed how many keys it has, or why nothing was applied."""
+        held, mine = self._held, dict(self._held.owned)
+        for p, owned in mine.items():
+            if owned.items is None:
+                await self._read(p, owned)
+        states = {p: owned.items for p, owned in mine.items() if owned.items is not None}
+        if not states:
+            return {}
+        before = {p: {s: placed(owned.sources.get(s, "")) for s in range(held.partitions)} for p, owned in mine.items()}
+        starts = {s: min((before[p][s] for p in mine), key=lambda at: at[1]) for s in range(held.partitions)}
+        pages = await self._log.read({s: at for s, (at, _) in starts.items()}, held.config.ingest.batch)
+        if held.repeats:  # only the first hop tells which of two equal entries counts
+            applied = {h.partition: h.n for h in await held.store.heads(range(held.partitions))}
+            pages = {s: entries[: max(0, applied[s] - starts[s][1])] for s, entries in pages.items()}
+        changed: dict[int, set[Name]] = {p: set() for p in mine}
+        sources: dict[int, dict[int, tuple[str, str]]] = {p: {} for p in mine}
+        counting = held.counting
+        for s, entries in pages.items():
+            if not entries:
+                continue
+            batch = await held.batch(s, starts[s][1], entries)
+            for taken in batch.taken:
+                try:
+                    touched = counting.of_items(taken.row)
+                except Exception:  # noqa: BLE001, S112  the first hop has put it among the dead letters
+                    continue
+                for number, key, event in touched:
+                    p = home(key, held.partitions)
+                    if p in mine and taken.n >= before[p][s][1]:
+                        counting.add_item(states[p], number, key, event)
+                        changed[p].add((number, key))
+            end = starts[s][1] + len(entries)
+            for p, owned in mine.items():
+                if before[p][s][1] < end:
+                    sources[p][s] = (owned.sources.get(s, ""), f"{entries[-1].position} {end}")
+        steps = []
+        for p, owned in mine.items():
+            if sources[p] or owned.rewrite:
+                names = list(states[p]) if owned.rewrite else changed[p]
+                change = counting.item_change(states[p], names, held.config.ingest.item_keys)
+                steps.append(ItemStep(p, owned.claim.epoch, sources[p], change.fields, change.gone))
+        out: dict[int, Exception | int] = {}
+        for step, answer in zip(steps, await held.store.count(steps) if steps else [], strict=True):
+            out[step.partition] = answer
+            owned = mine[step.partition]
+            if isinstance(answer, Exception):
+                owned.items = None  # what we hold may be ahead of the store
+                continue
+            owned.sources |= {s: after for s, (_, after) in step.sources.items()}
+            owned.rewrite = answer < len(states[step.partition])
+        return out
+
+    async def _read(self, partition: int, owned: Owned) -> None:
+        sources, values = await self._held.store.counted(partition)
+        states, whole = await asyncio.to_thread(self._held.counting.item_states, partition, self._held.partitions, values)
+        owned.sources, owned.items, owned.rewrite = sources, states, not whole
+
+    async def publish(self) -> int:
+        """Publish the partitions whose snapshot is due; gives how many."""
+        held, done = self._held, 0
+        every = max(held.config.ingest.snapshot_every_s, 10 * self._publishing_s * max(1, len(held.owned)))
+        for p, owned in list(held.owned.items()):
+            if owned.items is None or time.monotonic() - owned.published < every:
+                continue
+            began = time.monotonic()
+            at, plan = time.time(), held.counting.items.plan
+            value = await asyncio.to_thread(packed_snapshot, plan, dict(owned.items), at)
+            await held.store.publish(p, owned.claim.epoch, value)
+            owned.published, done = began, done + 1
+            self._publishing_s = time.monotonic() - began
+        return done
+
+
+def placed(held: str) -> tuple[str, int]:
+    """A source's position and number: `"1700-0 42"` -> ("1700-0", 42)."""
+    at, _, n = held.rpartition(" ")
+    return at, int(n or 0)

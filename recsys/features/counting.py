@@ -1,0 +1,169 @@
+"""What consumers do with events, without any store: users' counters and the item side, with what changed to be written.
+
+Both are `Stream`s over parts of one plan, and nothing else computes a value: the store's states are those of the streaming road.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from recsys.core import Vocabulary
+from recsys.data.sources import DataConfig
+from recsys.features.aggregates import AggregateConfig
+from recsys.features.generate import Event
+from recsys.features.groups import GroupState, Plan, Row, compiled
+from recsys.features.keys import KeyColumns
+from recsys.features.live_rows import row_reader
+from recsys.features.records import Records, joined, parted
+from recsys.features.schema import HistoryConfig
+from recsys.features.store import NewEvent, partition_of
+from recsys.features.stream import MOST_KEYS, Key, States, Stream
+
+log = logging.getLogger(__name__)
+
+TRENDING = "trending now"
+"""The one aggregate that nobody declares: history events of an item, decayed. No column can have this name."""
+Touched = list[tuple[int, Key, Event]]
+
+
+class Changed(NamedTuple):
+    """Fields to set and fields that are gone."""
+
+    fields: dict[bytes, bytes]
+    gone: list[bytes]
+
+
+@dataclass
+class Counting:
+    """One version's declaration at work. `seed_user` and `seed_items` are the states of its training log's end."""
+
+    version: str
+    users: Stream
+    items: Stream
+    read: Callable[[NewEvent, int], Row]
+    seed_user: Callable[[str], States] = field(default=lambda _: {})
+    seed_items: States = field(default_factory=dict)
+    user_records: Records = field(init=False)
+    item_records: Records = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.user_records, self.item_records = Records(self.users.plan), Records(self.items.plan)
+
+    @classmethod
+    def of(
+        cls,
+        version: str,
+        plan: Plan | None,
+        stream: Stream | None,
+        data: DataConfig,
+        history: HistoryConfig,
+        *,
+        trending_half_life_h: float,
+        seed_user: Callable[[str], States] = lambda _: {},
+    ) -> Counting:
+        """From a bundle's plan and stream; None where it declares no aggregate: then only trending is counted."""
+        now = AggregateConfig(kind="count", key=("item",), decay=f"{trending_half_life_h:g}h")
+        trending = compiled({TRENDING: now}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1_800.0)
+        of_users, of_items = parted(plan) if plan is not None else (compiled({}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1.0), None)
+        of_items = joined([of_items, *parted(trending)[1:]]) if of_items is not None else parted(trending)[1]
+        none: Vocabulary = Vocabulary([])
+        given = (
+            (stream.vocabularies["user"], stream.vocabularies["item"], stream.columns) if stream is not None else (none, none, KeyColumns())
+        )
+        offset_s = stream.offset_s if stream is not None else 0.0
+        users, items = (Stream(part, *given, offset_s=offset_s) for part in (of_users, of_items))
+        out = cls(version, users, items, row_reader(data, history))
+        if plan is not None and stream is not None:
+            places = {n: i for i, n in enumerate(n for n, g in enumerate(plan.groups) if "user" not in g.key)}
+            out.seed_items = {(places[n], key): state for (n, key), state in stream.of_items.items()}
+            of_user = {n: i for i, n in enumerate(n for n, g in enumerate(plan.groups) if "user" in g.key)}
+            out.seed_user = lambda user_id: {(of_user[n], key): state for (n, key), state in seed_user(user_id).items()}
+        return out
+
+    # ---- users ----------------------------------------------------------------------------------------------------------
+
+    def of_user(self, row: Row) -> Touched:
+        """What a row adds to its user's keys."""
+        return self.users.touched(row)
+
+    def user_states(self, user_id: str, values: Sequence[bytes]) -> tuple[States, bool]:
+        """A user's states from the store's values, and whether the store holds all of them.
+
+        A declaration that the store knows nothing of begins where the training log ended.
+        """
+        states = self.user_records.read(values)
+        missing = set(range(len(self.users.plan.groups))) - {number for number, _ in states}
+        if not missing:
+            return states, True
+        seeds = {k: s for k, s in self.seed_user(user_id).items() if k[0] in missing}
+        return states | seeds, not seeds
+
+    def add_user(self, states: States, touched: Touched) -> tuple[set[tuple[int, Key]], set[tuple[int, Key]]]:
+        """Apply an event, wholly or not at all: the keys it changed, and those that had to go."""
+        before = [((number, key), states.get((number, key))) for number, key, _ in touched]
+        full = len(states) >= MOST_KEYS
+        known = set(states) if full else set()
+        try:
+            for number, key, event in touched:
+                self.users.add(states, number, key, event)
+        except Exception:
+            for name, state in before:
+                if state is None:
+                    states.pop(name, None)
+                else:
+                    states[name] = state
+            raise
+        changed = {name for name, _ in before}
+        return changed & states.keys(), (known - states.keys()) if full else set()
+
+    def user_change(self, states: States, changed: Iterable[tuple[int, Key]], gone: Iterable[tuple[int, Key]]) -> Changed:
+        """What is written for changed keys."""
+        r = self.user_records
+        fields = {r.field(n, k): r.value(n, k, states[n, k]) for n, k in changed if (n, k) in states}
+        return Changed(fields, [r.field(n, k) for n, k in gone])
+
+    # ---- items ----------------------------------------------------------------------------------------------------------
+
+    def of_items(self, row: Row) -> Touched:
+        """What a row adds to keys without a user; what is trending counts history events alone."""
+        touched = self.items.touched(row)
+        last = len(self.items.plan.groups) - 1
+        return touched if row.told else [t for t in touched if t[0] != last]
+
+    def item_states(self, partition: int, partitions: int, values: Sequence[bytes]) -> tuple[States, bool]:
+        """A partition's item-side states from the store's values, and whether the store holds all of them."""
+        states = self.item_records.read(values)
+        missing = set(range(len(self.items.plan.groups))) - {number for number, _ in states}
+        seeds = {k: s for k, s in self.seed_items.items() if k[0] in missing and home(k[1], partitions) == partition}
+        return states | seeds, not seeds
+
+    def add_item(self, states: States, number: int, key: Key, event: Event) -> None:
+        """Apply one event to one key."""
+        held = states.get((number, key))
+        group = self.items.plan.groups[number]
+        states[number, key] = group.apply(group.init() if held is None else held, event)
+
+    def item_change(self, states: States, changed: Iterable[tuple[int, Key]], most: int) -> Changed:
+        """What is written for changed keys; beyond `most` keys those without an event for longest leave."""
+        gone: list[tuple[int, Key]] = []
+        if len(states) > most:
+            excess = len(states) - most + most // 50
+            gone = heapq.nsmallest(excess, states, key=lambda k: _newest(states[k]))
+            for k in gone:
+                del states[k]
+        r = self.item_records
+        fields = {r.field(n, k): r.value(n, k, states[n, k]) for n, k in changed if (n, k) in states}
+        return Changed(fields, [r.field(n, k) for n, k in gone])
+
+
+def home(key: Key, partitions: int) -> int:
+    """The partition that keeps an item-side key."""
+    return partition_of("\0".join(key), partitions)
+
+
+def _newest(state: GroupState) -> float:
+    return state.newest

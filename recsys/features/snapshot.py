@@ -1,0 +1,142 @@
+"""The item side at one time, as rankers take it: arrays by key, in outside terms, for a bundle of any version to read.
+
+A partition's snapshot is one value: its time, then a table (Arrow) per group of aggregates that the group's declaration names. A
+row is a key (its texts), the amounts of each aggregate at that time and when its newest event was; a list's values are texts.
+A ranker joins the snapshots of all partitions into an `ItemSnapshot` of its own rows and codes, in the background.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.errors import StoreError
+from recsys.features.generate import Instant
+from recsys.features.groups import Group, GroupState, Plan
+from recsys.features.inputs import AggregateInputs
+from recsys.features.packed import digest
+from recsys.features.states import LATEST, Coder, ItemSnapshot, Looked, looked
+from recsys.features.stream import Key, States
+from recsys.features.tally import Ends, Tally
+
+_HEAD = struct.Struct("<Bd")
+_SIZE = struct.Struct("<4sI")
+VERSION = 1
+
+
+class Part(NamedTuple):
+    """One partition's snapshot: Unix seconds, and by the mark of a group its keys (texts joined by NUL) and columns."""
+
+    at: float
+    tables: dict[bytes, pa.Table]
+
+
+def packed_snapshot(plan: Plan, states: States, at: float) -> bytes:
+    """The states of item-side keys at a time, as one value of a store."""
+    out = bytearray(_HEAD.pack(VERSION, at))
+    by_group: dict[int, list[tuple[Key, GroupState]]] = {}
+    for (number, key), state in states.items():
+        by_group.setdefault(number, []).append((key, state))
+    for number, held in sorted(by_group.items()):
+        group = plan.groups[number]
+        texts: dict[str, int] = {}
+        found = looked(
+            group,
+            [(code, state) for code, (_, state) in enumerate(held)],
+            Instant(at, LATEST),
+            lambda of, v, texts=texts: float(v) if of == "value" else float(texts.setdefault(str(v), len(texts))),
+        )
+        body = _as_arrow(_table(group, [key for key, _ in held], found, list(texts)))
+        out += _SIZE.pack(digest(group), len(body)) + body
+    return bytes(out)
+
+
+def _table(group: Group, keys: list[Key], found: Looked, texts: list[str]) -> pa.Table:
+    columns: dict[str, pa.Array] = {"key": pa.array(["\0".join(key) for key in keys], pa.string())}
+    for i, f in enumerate(group.features):
+        amounts = found.amounts[i]
+        if isinstance(f.monoid, Ends) and f.config.reads != "value":
+            rows = [[texts[int(c)] for c in row if not math.isnan(c)] for row in amounts]
+            columns[f"{i}"] = pa.array(rows, pa.list_(pa.string()))
+            continue
+        for c in range(amounts.shape[1]):
+            columns[f"{i}.{c}"] = pa.array(amounts[:, c], pa.float64())
+        if isinstance(f.monoid, Tally):
+            columns[f"{i}.last"] = pa.array(found.last[i], pa.float64())
+    return pa.table(columns)
+
+
+def _as_arrow(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def unpacked_snapshot(held: bytes) -> Part:
+    """What `packed_snapshot` wrote. StoreError for another version or damage."""
+    try:
+        version, at = _HEAD.unpack_from(held)
+        if version != VERSION:
+            raise StoreError(f"A snapshot has version {version}, this code reads {VERSION}. Run the newer release.")
+        place, tables = _HEAD.size, {}
+        while place < len(held):
+            mark, size = _SIZE.unpack_from(held, place)
+            place += _SIZE.size
+            with pa.ipc.open_stream(held[place : place + size]) as reader:
+                tables[mark] = reader.read_all()
+            place += size
+    except (struct.error, pa.ArrowInvalid, OSError) as fault:
+        raise StoreError(f"A snapshot of {len(held)} bytes is damaged ({fault}). The next one replaces it.") from fault
+    return Part(at, tables)
+
+
+def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Coder, fallback: ItemSnapshot) -> ItemSnapshot:
+    """One snapshot in a bundle's own rows, as old as its oldest part.
+
+    `fallback` is that of the bundle: a group that no part holds yet keeps its values. Keys that the bundle does not know are left out.
+    """
+    groups: dict[int, Looked] = {}
+    for number, group in enumerate(inputs.plan.groups):
+        if "user" in group.key:
+            continue
+        tables = [t for part in parts.values() if (t := part.tables.get(digest(group))) is not None]
+        if tables:
+            groups[number] = _looked(group, tables, coder)
+        elif number in fallback.groups:
+            groups[number] = fallback.groups[number]
+    return ItemSnapshot(min((part.at for part in parts.values()), default=fallback.at), groups)
+
+
+def _looked(group: Group, tables: Iterable[pa.Table], coder: Coder) -> Looked:
+    table = pa.concat_tables(tables)
+    codes = np.array([coder.of_key(group, tuple(key.split("\0")), -1) for key in table["key"].to_pylist()], np.int64)
+    order = np.argsort(codes, kind="stable")
+    order = order[codes[order] >= 0]
+    amounts: list[np.ndarray] = []
+    last: list[np.ndarray] = []
+    for i, f in enumerate(group.features):
+        if isinstance(f.monoid, Ends):
+            rows = np.full((len(order), f.monoid.n), math.nan)
+            if f.config.reads == "value":
+                for c in range(f.monoid.n):
+                    rows[:, c] = table[f"{i}.{c}"].to_numpy()[order]
+            else:
+                values = table[f"{i}"].to_pylist()
+                for row, at in zip(rows, order, strict=True):
+                    known = [float(coder.text(f.config.reads, v, new=True)) for v in values[at]]
+                    row[len(row) - len(known) :] = known
+            amounts.append(rows)
+            last.append(np.empty(0))
+            continue
+        width = sum(name.startswith(f"{i}.") and name != f"{i}.last" for name in table.column_names)
+        columns = [table[f"{i}.{c}"].to_numpy()[order] for c in range(width)]
+        amounts.append(np.stack(columns, 1) if columns else np.empty((len(order), 0)))
+        last.append(table[f"{i}.last"].to_numpy()[order] if isinstance(f.monoid, Tally) else np.empty(0))
+    return Looked(codes[order], tuple(amounts), tuple(last))
