@@ -89,10 +89,14 @@ class Allowed:
                 out[here] = known & allowed[np.where(known, at, 0)] if len(allowed) else False
         return out
 
-    def kept(self, items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, N) items and scores without what is not allowed: its slots are emptied where they stand (-1, -inf)."""
+    def kept(self, items: np.ndarray, scores: np.ndarray, below: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(B, N) items and scores without what is not allowed: its slots are emptied where they stand (-1, -inf).
+
+        Rows from `below` on are not of these bitmaps and stay.
+        """
         here = np.ones(items.shape, bool)
-        query, slot = np.nonzero((items >= 0) & (self.of >= 0)[:, None])
+        asked = (items >= 0) & (self.of >= 0)[:, None]
+        query, slot = np.nonzero(asked if below is None else asked & (items < below))
         here[query, slot] = self.admits(query, items[query, slot])
         if here.all():
             return items, scores

@@ -106,11 +106,18 @@ class RankerEngine:
                 start += f.width
 
     @torch.inference_mode()
-    def score(self, user_fields: Mapping[str, np.ndarray], items: np.ndarray, candidate: Mapping[str, np.ndarray]) -> np.ndarray:
+    def score(
+        self,
+        user_fields: Mapping[str, np.ndarray],
+        items: np.ndarray,
+        candidate: Mapping[str, np.ndarray],
+        later: Tensor | None = None,
+    ) -> np.ndarray:
         """Logits (B, N) float32 of B queries' N candidates.
 
         user_fields: encoded user, context and history fields, (B, …); items (B, N) item rows, -1 in empty slots (whose
-        logits mean nothing); candidate: the pairs' dense fields, (B, N, W).
+        logits mean nothing); candidate: the pairs' dense fields, (B, N, W); later: what `rows_of` made of further items, whose
+        rows begin behind the catalogue's.
         """
         B, N = items.shape
         out = np.empty((B, N), np.float32)
@@ -124,14 +131,28 @@ class RankerEngine:
         result = torch.from_numpy(out)
         for b in range(0, B, step):
             part = slice(b, b + step)
-            result[part] = self._pairs(query[part], rows[part], None if dense is None else dense[part])
+            result[part] = self._pairs(query[part], rows[part], None if dense is None else dense[part], later)
         return out
 
-    def _pairs(self, query: Tensor, rows: Tensor, dense: Tensor | None) -> Tensor:
+    @torch.inference_mode()
+    def rows_of(self, columns: Mapping[str, np.ndarray]) -> Tensor:
+        """(n, h + dim + 1) rows of further items, from their encoded columns (n, …)."""
+        n = len(next(iter(columns.values())))
+        return self._side(self.item_fields, {f.name: columns[f.name] for f in self.item_fields}, n, bias=True)
+
+    def _pairs(self, query: Tensor, rows: Tensor, dense: Tensor | None, later: Tensor | None) -> Tensor:
         """(b, h + dim + 1) queries, (b, N) item rows, (b, N, C) dense -> (b, N)."""
         b, N = rows.shape
         h, d = self.h, self.dim
-        found = torch.index_select(self.items, 0, rows.reshape(-1)).view(b, N, -1)
+        flat_rows = rows.reshape(-1)
+        if later is None:
+            found = torch.index_select(self.items, 0, flat_rows).view(b, N, -1)
+        else:
+            n = len(self.items)
+            found = torch.index_select(self.items, 0, flat_rows.clamp(max=n - 1))
+            behind = torch.nonzero(flat_rows >= n).squeeze(1)
+            found[behind] = later[flat_rows[behind] - n]
+            found = found.view(b, N, -1)
         score = found[:, :, -1] + query[:, -1:]
         if d:
             score += torch.matmul(found[:, :, h : h + d], query[:, h : h + d, None]).squeeze(2)

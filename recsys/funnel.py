@@ -20,12 +20,14 @@ from recsys import channels
 from recsys.allowed import Filter
 from recsys.config import Config
 from recsys.core import UNKNOWN, Candidates, Queries, Query, Recaller, Reranker, Vocabulary, load_arrow, top_k
+from recsys.delta import Comparing, Delta, LiveVocabulary, Parts
 from recsys.errors import BundleError, RequestError
 from recsys.evidence import EVIDENCE, evidence, share_of_best
 from recsys.export import RankerEngine
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
 from recsys.features.inputs import Live
+from recsys.features.live_items import ItemRecord
 from recsys.features.schema import FeatureSpace
 from recsys.features.states import load_live
 from recsys.features.store import StoredEvent
@@ -33,6 +35,7 @@ from recsys.models.two_tower import TwoTower
 from recsys.prepared import load_columns
 from recsys.recall.merge import MergeConfig, merge
 from recsys.recall.popular import first_of
+from recsys.recall.taste import RowVectors
 from recsys.recall.user_cf import UserCF, UserCFConfig
 
 STAGES = ("recall", "coarse_rank", "fine_rank", "rerank")
@@ -54,6 +57,8 @@ class FunnelRequest:
     exclude: Sequence[str] = ()
     explain: bool = False
     filter: Filter | None = None
+    counters: bytes = b""
+    """The user's packed counters, as the store holds them; without them the bundle's stand."""
 
 
 class PageItem(NamedTuple):
@@ -89,7 +94,7 @@ class Past(NamedTuple):
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Funnel:
     """A funnel of one version. Stages that were not loaded are None; asking them is a BundleError.
 
@@ -115,9 +120,57 @@ class Funnel:
     titles: pa.Array | None = None
     live: Live | None = None
     filters: Filters = field(init=False, repr=False)
+    delta: Delta | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.filters = Filters(self.catalogue, self.items)
+
+    # ---- what changes while it serves -----------------------------------------------------------------------------
+
+    def follow(self, records: Sequence[ItemRecord], *, anew: bool = False) -> None:
+        """Take over changes of the catalogue; `anew` forgets those of before. One thread at a time; batches under way keep what they have."""
+        if not records and not (anew and self.delta is not None):
+            return
+        before = self.delta if self.delta is not None and not anew else Delta.nothing(len(self.items))
+        delta = before.changed(self._parts(), records)
+        live = LiveVocabulary.over(self.items)
+        live.names = {row: item_id for item_id, row in delta.later.items()}
+        live.later = delta.later
+        self.items = live
+        if self.reranker is not None:
+            vectors: RowVectors | None = self.vectors
+            if self.vectors is not None and delta.vectors is not None:
+                vectors = delta.grown(self.vectors, delta.vectors)
+            columns: dict[str, RowVectors] = {
+                name: delta.grown(c, delta.columns[name]) if name in delta.columns else c for name, c in self.item_columns.items()
+            }
+            self.reranker = self.config.rerank.build(vectors=vectors, columns=columns)
+        self.delta = delta
+
+    def _parts(self) -> Parts:
+        return Parts(
+            self.items, self.space, self.item_columns, self.catalogue, self.filters, self.channels, self.tower, self.ranker, self.live
+        )
+
+    def _pinned(self, queries: Queries) -> Delta | None:
+        """The catalogue's changes as this process knew them when it first saw the batch."""
+        if "delta" not in queries.memo:
+            queries.memo["delta"] = self.delta
+        delta: Delta | None = queries.memo["delta"]
+        return delta
+
+    def _shown(self, queries: Queries, candidates: Candidates) -> Candidates:
+        """The candidates without items that were deleted since they were recalled, or that another process heard of first."""
+        delta = self._pinned(queries)
+        if delta is None and candidates.items.max(initial=UNKNOWN) < len(self.items):
+            return candidates
+        hidden = (delta or Delta.nothing(len(self.items))).absent(candidates.items)
+        if not hidden.any():
+            return candidates
+        order = np.argsort(hidden, axis=1, kind="stable")
+        out = candidates.reordered(order, np.take_along_axis(np.where(hidden, -np.inf, candidates.scores), order, 1))
+        out.items = np.where(np.take_along_axis(hidden, order, 1), UNKNOWN, out.items).astype(np.int32)
+        return out
 
     # ---- from outside to rows -------------------------------------------------------------------------------------
 
@@ -147,6 +200,7 @@ class Funnel:
             exclude=exclude,
             explain=r.explain,
             filter=r.filter,
+            state=r.counters,
         )
 
     def _snapshot(self, user: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,13 +223,15 @@ class Funnel:
         depth = self._depth(queries)
         merging = _deepened(self.config.recall.merge, depth)
         self._admit(queries)
+        delta = self._pinned(queries)
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         lost = []
         for name, channel in self.channels.items():
             try:
-                found[name] = channel.recall(queries, merging.quota_of(name))
+                quota = merging.quota_of(name)
+                found[name] = delta.recall(name, channel, queries, queries.memo["beside"], quota) if delta else channel.recall(queries, quota)
                 if queries.allowed is not None:  # a channel that knows nothing of filters loses places, never the promise
-                    found[name] = queries.allowed.kept(*found[name])
+                    found[name] = queries.allowed.kept(*found[name], len(self.items))
             except Exception:  # a channel's bug must not take the page with it: the answer names it
                 log.exception("Channel %s failed; its candidates are left out.", name)
                 found[name] = (np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.float32))
@@ -190,7 +246,8 @@ class Funnel:
         """Two-tower cosine with cached item vectors, plus a share of the merged score: what one model alone cannot know."""
         if self.vectors is None:
             raise BundleError("This funnel was loaded without its coarse stage. Load it with stages=('coarse_rank', …).")
-        wanted = self.vectors[candidates.items]  # (B, N, d); row -1 of an empty slot is ignored below
+        candidates = self._shown(queries, candidates)
+        wanted = self._item_vectors(queries, candidates.items)  # (B, N, d); row -1 of an empty slot is ignored below
         scores = np.einsum("bd,bnd->bn", self.user_vectors(queries), wanted, optimize=True)
         if self.config.coarse_rank.merged and candidates.merged is not None:
             scores = scores + np.float32(self.config.coarse_rank.merged) * share_of_best(candidates.merged)
@@ -200,6 +257,7 @@ class Funnel:
     def fine_rank(self, queries: Queries, candidates: Candidates) -> Candidates:
         """The ranker with every feature; scores become probabilities."""
         keep = max(self.config.fine_rank.keep, self._depth(queries))
+        candidates = self._shown(queries, candidates)
         return candidates.ranked(self.fine_scores(queries, candidates), keep, stage="fine_rank", explain=queries.explain)
 
     def fine_scores(self, queries: Queries, candidates: Candidates) -> np.ndarray:
@@ -210,8 +268,13 @@ class Funnel:
         fields = self.user_fields(queries)
         if self.live is not None:
             fields = fields | self.live.query_fields(queries)
-            pairs |= self.live.pair_fields(queries, candidates.items)
-        logits = self.ranker.score(fields, candidates.items, pairs)
+            # Counters know the bundle's items: the keys of a later one would be another's.
+            pairs |= self.live.pair_fields(queries, np.where(candidates.items < len(self.items), candidates.items, UNKNOWN))
+        delta = self._pinned(queries)
+        if delta is None:
+            logits = self.ranker.score(fields, candidates.items, pairs)
+        else:
+            logits = self.ranker.score(fields, delta.storage(candidates.items), pairs, delta.ranked)
         scores: np.ndarray = 1.0 / (1.0 + np.exp(-np.clip(logits, -40, 40)))
         if not np.isfinite(scores).all():
             raise BundleError(
@@ -222,6 +285,7 @@ class Funnel:
     def rerank(self, queries: Queries, candidates: Candidates) -> Candidates:
         """The page: at most max(k) items a query; `page` cuts each to its own k."""
         k = int(queries.k.max(initial=1))
+        candidates = self._shown(queries, candidates)
         out = (
             self.reranker.rerank(queries, candidates, k) if self.reranker else candidates.reordered(*_first(candidates, k), stage="rerank")
         )
@@ -247,7 +311,7 @@ class Funnel:
 
     def rank(self, queries: Queries, item_ids: Sequence[Sequence[str]]) -> Candidates:
         """The fine stage over given items (unknown ids are left out): nothing recalled them, so no channel vouches for them."""
-        rows = [[row for i in dict.fromkeys(ids) if (row := self.items.row(i)) != UNKNOWN] for ids in item_ids]
+        rows = [[row for i in dict.fromkeys(ids) if self.shows(row := self.items.row(i))] for ids in item_ids]
         B, N, C = len(rows), max(map(len, rows), default=0), len(self.config.recall.channels)
         items = np.full((B, N), UNKNOWN, np.int32)
         for b, found in enumerate(rows):
@@ -261,15 +325,17 @@ class Funnel:
         )
         if self.vectors is not None:
             given = given.ranked(
-                np.einsum("bd,bnd->bn", self.user_vectors(queries), self.vectors[items]), N, stage="coarse_rank", explain=queries.explain
+                np.einsum("bd,bnd->bn", self.user_vectors(queries), self._item_vectors(queries, items)), N, stage="coarse_rank", explain=queries.explain
             )
         return self.fine_rank(queries, given)
 
     def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         """The k nearest items by the first channel that has neighbours, else by two-tower vectors. 404 for an unknown item."""
         row = self.items.row(item_id)
-        if row == UNKNOWN:
+        if not self.shows(row):
             raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {self.version}.", field="item_id", status=404)
+        if self.delta is not None:
+            return self._similar_now(self.delta, row, k)
         for channel in self.channels.values():
             if hasattr(channel, "similar"):
                 items, scores = channel.similar(np.array([row], np.int32), k)
@@ -281,6 +347,28 @@ class Funnel:
         near[0, row] = -np.inf
         items, scores = top_k(near, k)
         return list(zip(self.items.outside(items[0]), map(float, scores[0]), strict=True))
+
+    def _similar_now(self, delta: Delta, row: int, k: int) -> list[tuple[str, float]]:
+        """`similar` among the items of now: by the first channel that knows neighbours of the item, those with neighbour lists first."""
+        first = [(name, c) for name, c in self.channels.items() if hasattr(c, "similar")]
+        for name, channel in [*first, *((n, c) for n, c in self.channels.items() if (n, c) not in first and isinstance(c, Comparing))]:
+            items, scores = delta.similar(name, channel, row, self._parts(), k)
+            if len(items := items[items != UNKNOWN]):
+                return list(zip(self.items.outside(items), map(float, scores[: len(items)]), strict=True))
+        return []
+
+    def shows(self, row: int) -> bool:
+        """Whether an item may be shown: it is known and was not deleted."""
+        return row != UNKNOWN and not (self.delta is not None and bool(self.delta.absent(np.array([row]))[0]))
+
+    def _item_vectors(self, queries: Queries, items: np.ndarray) -> np.ndarray:
+        """(…, d) two-tower vectors of item rows; what stands for -1 means nothing."""
+        assert self.vectors is not None  # noqa: S101 - stages that need them have asked
+        delta = self._pinned(queries)
+        if delta is None or delta.vectors is None:
+            found: np.ndarray = self.vectors[np.where(items < len(self.items), items, UNKNOWN)]
+            return found
+        return delta.grown(self.vectors, delta.vectors)[items]
 
     def check_similar_users(self, queries: Queries) -> None:
         """RequestError (404) where `similar_users` has no answer to a batch of one: no such channel, or a user without any event."""
@@ -305,7 +393,8 @@ class Funnel:
     def user_fields(self, queries: Queries) -> dict[str, np.ndarray]:
         """The encoded user, context and history fields of a batch: field -> (B, …)."""
         if "fields" not in queries.memo:
-            queries.memo["fields"] = self.space.encode_queries(queries, self.user_columns)
+            delta = self._pinned(queries)
+            queries.memo["fields"] = self.space.encode_queries(queries, self.user_columns, delta.item_ids() if delta else None)
         fields: dict[str, np.ndarray] = queries.memo["fields"]
         return fields
 
@@ -319,8 +408,12 @@ class Funnel:
         return vectors
 
     def _admit(self, queries: Queries) -> None:
-        """Make the bitmaps of the queries' filters, once a batch."""
-        if queries.filters is not None and queries.allowed is None:
+        """Make the bitmaps of the queries' filters and of what was deleted, once a batch."""
+        delta = self._pinned(queries)
+        if delta is not None:
+            if "beside" not in queries.memo:
+                queries.allowed, queries.memo["beside"] = delta.allowed(queries, self._parts())
+        elif queries.filters is not None and queries.allowed is None:
             queries.allowed = self.filters.allowed(queries.filters)
 
     def _depth(self, queries: Queries) -> int:
@@ -332,10 +425,14 @@ class Funnel:
 
     def page(self, queries: Queries, candidates: Candidates) -> list[list[PageItem]]:
         """B answers, each with at most its query's k items, in the order of `candidates`."""
+        candidates, delta = self._shown(queries, candidates), self._pinned(queries)
         known = (candidates.items != UNKNOWN) & (np.arange(candidates.width)[None, :] < queries.k[:, None])
         rows = candidates.items[known]
         ids, scores = self.items.outside(rows), _shown_scores(candidates)[known].tolist()
-        titles = self.titles.take(pa.array(rows)).to_pylist() if self.titles is not None else [None] * len(ids)
+        inside = np.where(rows < len(self.items), rows, UNKNOWN)
+        titles = self.titles.take(pa.array(inside, mask=inside < 0)).to_pylist() if self.titles is not None else [None] * len(ids)
+        if delta is not None:
+            titles = [delta.title(row) or title for row, title in zip(rows.tolist(), titles, strict=True)]
         bits = ((candidates.channel_ranks > 0) << np.arange(len(candidates.channels))).sum(2)[known].tolist()
         names = {m: [c for i, c in enumerate(candidates.channels) if m >> i & 1] for m in set(bits)}
         flat = [PageItem(i, s, names[m], t, None) for i, s, m, t in zip(ids, scores, bits, titles, strict=True)]

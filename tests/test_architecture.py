@@ -24,7 +24,7 @@ LAYERS = (
     ("training", "validation", "export"),
     ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
     ("bundle", "prepared", "onboarding"),
-    ("channels", "funnel"),
+    ("channels", "delta", "funnel"),
     ("examples", "packing", "blending", "recipe", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""

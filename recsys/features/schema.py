@@ -217,16 +217,25 @@ class FeatureSpace:
             )
         return rows
 
-    def history(self, items: np.ndarray) -> np.ndarray:
-        """(B, L) item rows of the vocabulary, -1 padded on the left -> (B, W) int32 rows of table item_id, W the declared length."""
-        W = self.config.history.length
+    def history(self, items: np.ndarray, later: np.ndarray | None = None) -> np.ndarray:
+        """(B, L) item rows of the vocabulary, -1 padded on the left -> (B, W) int32 rows of table item_id, W the declared length.
+
+        later (m,): what the rows behind the vocabulary's have in the table; one that lies further still counts as missing.
+        """
+        W, n = self.config.history.length, len(self.item_rows)
         L = min(W, items.shape[1])
         out = np.zeros((len(items), W), np.int32)
         if L:
-            out[:, W - L :] = self._item_rows[items[:, -L:]]
+            newest = items[:, -L:]
+            out[:, W - L :] = self._item_rows[np.where(newest < n, newest, -1)]
+            if later is not None:
+                row, slot = np.nonzero((newest >= n) & (newest < n + len(later)))
+                out[row, W - L + slot] = later[newest[row, slot] - n]
         return out
 
-    def encode_queries(self, queries: Queries, user_columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def encode_queries(
+        self, queries: Queries, user_columns: Mapping[str, np.ndarray], later: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """The user, context and history fields of B queries, (B,) or (B, W) each.
 
         User fields are gathered from `user_columns` (feature -> (U, …) encoded) and overridden by what a profile brings; an
@@ -238,7 +247,7 @@ class FeatureSpace:
         for name, encoder in self.encoders["user"].items():
             out[name] = gathered(np.asarray(user_columns[name]), queries.users, absent, encoder.missing)
         override(out, self.encoders["user"], queries.profiles)
-        out["history"] = self.history(queries.history)
+        out["history"] = self.history(queries.history, later)
         if recent := min(self.config.history.recent, self.config.history.length):
             out["recent"] = out["history"][:, -recent:]
         for name, encoder in self.encoders["context"].items():

@@ -13,7 +13,7 @@ from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
 from recsys.features.catalogue import Catalogue
 from recsys.recall.links import recency
-from recsys.recall.taste import tastes, typical_users, unit
+from recsys.recall.taste import RowVectors, tastes, typical_users, unit
 from recsys.recall.vector import IndexKind, VectorConfig, VectorIndex
 
 
@@ -87,15 +87,32 @@ class ColumnVector:
         known = (items >= 0) & (items < len(self._place))
         return np.where(known, self._place[np.where(known, items, 0)], -1).astype(np.int32)
 
-    def user_vectors(self, queries: Queries) -> np.ndarray:
-        """(B, d) float32 unit vectors; NaN where no item of the history has a vector."""
+    def user_vectors(self, queries: Queries, vectors: RowVectors | None = None) -> np.ndarray:
+        """(B, d) float32 unit vectors; NaN where no item of the history has a vector. `vectors` replace the index's."""
         weights = recency(queries, decay=self.config.decay, half_life_h=self.config.half_life_h)
+        if vectors is not None:
+            return tastes(vectors, queries.history, weights)
         return tastes(self.index.vectors(), self._placed(queries.history), weights)
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items with the nearest vectors."""
+        return self.nearest(self.user_vectors(queries), queries, k)
+
+    def nearest(self, vectors: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items nearest to given (B, d) vectors."""
         allowed = queries.allowed.of_rows(self._rows) if queries.allowed is not None else None
-        return self._outside(*self.index.recall_vectors(self.user_vectors(queries), self._placed(queries.exclude), k, allowed))
+        return self._outside(*self.index.recall_vectors(vectors, self._placed(queries.exclude), k, allowed))
+
+    def item_vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(n, d) vectors of (n,) item rows; zeros where an item has none."""
+        place = self._placed(rows)
+        out = np.zeros((len(rows), int(self.index.index.d)), np.float32)
+        out[place >= 0] = self.index.rows(place[place >= 0])
+        return out
+
+    def vectors_of(self, items: Catalogue, towered: np.ndarray | None) -> np.ndarray:  # noqa: ARG002  one shape for all
+        """(n, d) vectors of items that came later; NaN where one has none."""
+        return unit(np.asarray(items.vectors[self.config.column]))
 
     def _outside(self, items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.where(items < 0, -1, self._rows[np.maximum(items, 0)]).astype(np.int32), scores

@@ -21,7 +21,7 @@ from recsys.errors import ConfigError, NotFittedError
 from recsys.features.catalogue import LISTED, Catalogue, Values, texts_of
 from recsys.recall.content_space import ContentSpace
 from recsys.recall.links import recency
-from recsys.recall.taste import tastes, typical_users, unit
+from recsys.recall.taste import RowVectors, tastes, typical_users, unit
 from recsys.recall.vector import IndexKind, VectorConfig, VectorIndex
 
 log = logging.getLogger(__name__)
@@ -111,10 +111,18 @@ class Content:
         log.info("content vectors: %d floats of %s; interests: %s", self._space.width, told, _listed(self._declared))
         return self
 
-    def user_vectors(self, queries: Queries) -> np.ndarray:
-        """(B, width) float32 unit vectors; NaN where neither history nor profile says anything."""
+    def user_vectors(self, queries: Queries, vectors: RowVectors | None = None) -> np.ndarray:
+        """(B, width) float32 unit vectors; NaN where neither history nor profile says anything. `vectors` replace the index's."""
         weights = recency(queries, decay=self.config.decay, half_life_h=self.config.half_life_h)
-        return tastes(self.index.vectors(), queries.history, weights, self._interest(queries))
+        return tastes(self.index.vectors() if vectors is None else vectors, queries.history, weights, self._interest(queries))
+
+    def item_vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(n, width) vectors of (n,) item rows."""
+        return self.index.rows(rows)
+
+    def vectors_of(self, items: Catalogue, towered: np.ndarray | None) -> np.ndarray:  # noqa: ARG002  one shape for all
+        """(n, width) vectors of items that came later."""
+        return self.space.later(items)
 
     def _interest(self, queries: Queries) -> np.ndarray | None:
         """(B, width) what the requests' own profiles declare, else the user table; None where no column speaks of interests."""
@@ -135,7 +143,11 @@ class Content:
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items most alike."""
-        return self.index.recall_vectors(self.user_vectors(queries), queries.exclude, k, queries.allowed)
+        return self.nearest(self.user_vectors(queries), queries, k)
+
+    def nearest(self, vectors: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items nearest to given (B, width) vectors."""
+        return self.index.recall_vectors(vectors, queries.exclude, k, queries.allowed)
 
     def similar(self, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(B,) item rows -> ((B, k') most alike other items, (B, k') cosines)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +18,7 @@ from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
 from recsys.core import UNKNOWN, Vocabulary
-from recsys.features.catalogue import Catalogue
+from recsys.features.catalogue import Catalogue, Values
 from recsys.recall.taste import unit
 
 KNOTS = 129
@@ -106,6 +106,17 @@ class ContentSpace:
             scale = np.divide(block.weight, length, out=np.zeros_like(length), where=length > 0)
             parts.append(sparse.diags_array(scale.astype(np.float32)).dot(part).tocsr())
         return sparse.hstack(parts, format="csr", dtype=np.float32), np.concatenate(floats, axis=1)
+
+    def later(self, items: Catalogue) -> np.ndarray:
+        """(n, width) vectors of items that came after the fit: as those of `items`, values that the fit did not know left out."""
+        values = dict(items.values)
+        for name, block in self.blocks.items():
+            if block.known is not None:
+                told = items.values[name]
+                codes = block.known.rows(told.known.ids)[told.codes] if len(told.codes) else told.codes
+                kept = np.concatenate([[0], np.cumsum(codes != UNKNOWN)])
+                values[name] = Values(block.known, kept[told.indptr].astype(np.int64), codes[codes != UNKNOWN])
+        return self.items(replace(items, values=values))
 
     def of_values(self, name: str, values: list[str]) -> np.ndarray:
         """(width,) float32: one column's part of an item that has these values; zeros where none is known."""

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 
 from recsys.core import Queries, Query
 from recsys.data.interactions import Interactions
+
+class RowVectors(Protocol):
+    """(n, d) float32 vectors by item row: an array, or what looks like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
 
 TYPICAL = 256
 """Users that an approximate index is tuned on."""
@@ -19,7 +30,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return out
 
 
-def tastes(vectors: np.ndarray, history: np.ndarray, weights: np.ndarray, besides: np.ndarray | None = None) -> np.ndarray:
+def tastes(vectors: RowVectors, history: np.ndarray, weights: np.ndarray, besides: np.ndarray | None = None) -> np.ndarray:
     """(I, d) vectors, (B, L) rows of them and their weights -> (B, d) float32 unit vectors, NaN where nothing is known.
 
     besides (B, d) is added to each weighted sum. Rows outside of the vectors count as empty. Each query is summed by itself, over

@@ -20,8 +20,10 @@ from pydantic import Field, PositiveInt
 from recsys.allowed import Allowed, Mask
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.errors import BundleError, ConfigError
+from recsys.features.catalogue import Catalogue
 from recsys.recall.exact import best_of, exact_search
 from recsys.recall.order import among
+from recsys.recall.taste import RowVectors
 
 log = logging.getLogger(__name__)
 
@@ -404,7 +406,23 @@ class VectorRecaller:
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items whose vectors have the largest inner product with the user's."""
-        return self.index.recall_vectors(self.encode(queries), queries.exclude, k, queries.allowed)
+        return self.nearest(self.encode(queries), queries, k)
+
+    def user_vectors(self, queries: Queries, vectors: RowVectors | None = None) -> np.ndarray:  # noqa: ARG002  the model knows its items
+        """(B, d) float32."""
+        return self.encode(queries)
+
+    def nearest(self, vectors: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items nearest to given (B, d) vectors."""
+        return self.index.recall_vectors(vectors, queries.exclude, k, queries.allowed)
+
+    def item_vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(n, d) vectors of (n,) item rows."""
+        return self.index.rows(rows)
+
+    def vectors_of(self, items: Catalogue, towered: np.ndarray | None) -> np.ndarray | None:  # noqa: ARG002  one shape for all
+        """(n, d) vectors of items that came later: what the item tower makes of them."""
+        return towered
 
     def save(self, folder: Path) -> None:
         """Write the index; the model has its own folder."""

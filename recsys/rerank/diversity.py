@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, PositiveInt
 
 from recsys.core import UNKNOWN, Candidates, FrozenConfig, Queries
 from recsys.errors import ConfigError
+from recsys.recall.taste import RowVectors
 
 KEPT, LIFTED, LOWERED, RELAXED = range(4)
 REASONS = ("", "moved up for diversity", "moved down for diversity", "a cap gave way to fill the page")
@@ -44,7 +45,7 @@ class MMRConfig(FrozenConfig):
     caps: tuple[CapConfig, ...] = ()
     """At most so many items of one value of a column among so many places in a row. A cap that would leave places empty gives way."""
 
-    def build(self, vectors: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> MMR:
+    def build(self, vectors: RowVectors | None, columns: Mapping[str, RowVectors]) -> MMR:
         """With (n_items, d) item vectors (None: no likeness, caps alone) and encoded item columns, (n_items,) or (n_items, W)."""
         return MMR(self, vectors, columns)
 
@@ -56,7 +57,7 @@ class MMR:
     item without a vector is like nothing (0).
     """
 
-    def __init__(self, config: MMRConfig, vectors: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, config: MMRConfig, vectors: RowVectors | None, columns: Mapping[str, RowVectors]) -> None:
         self.config = config
         self.vectors = vectors
         faults = [
@@ -66,8 +67,7 @@ class MMR:
         ]
         if faults:
             raise ConfigError(faults)
-        # (n_items, W) each; W = 1 for a column of one value.
-        self.columns = [c if c.ndim == 2 else c[:, None] for c in (columns[cap.column] for cap in config.caps)]
+        self.columns = [columns[cap.column] for cap in config.caps]  # (n_items,) or (n_items, W) each
 
     def rerank(self, queries: Queries, candidates: Candidates, k: int) -> Candidates:  # noqa: ARG002  a page hangs on its items alone
         """At most k of the candidates, in page order; `scores` stay the fine scores."""
@@ -99,7 +99,7 @@ class MMR:
         if alike is None and not self.columns:
             return np.broadcast_to(places, (B, k)), np.zeros((B, k), np.int8)
         nearest = np.zeros((B, P), np.float32)  # similarity to the most similar item on the page
-        caps = [_Cap(cap, column[np.maximum(items, 0)]) for cap, column in zip(self.config.caps, self.columns, strict=True)]
+        caps = [_Cap(cap, column[np.maximum(items, 0)].reshape(B, P, -1)) for cap, column in zip(self.config.caps, self.columns, strict=True)]
         order, relaxed = np.empty((B, k), np.int64), np.zeros((B, k), bool)
         for n in range(k):
             value = worth - nearest

@@ -1,0 +1,147 @@
+"""The log of changed items on Redis or Valkey: one Lua call keeps a change and gives it its position.
+
+Keys, all in one hash slot; none expires, for nothing could rebuild them:
+    rf:{items}:held      hash, item id -> its number, a space, its newest record as JSON
+    rf:{items}:order     sorted set, item id -> position of its newest change: what lies behind a position is one range
+    rf:{items}:changes   how many changes there were; the newest position
+    rf:{items}:epoch     names this log: another one, or an emptied one, has another
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis
+from redis import exceptions as faults
+
+from cluster.redis_store import PASSWORD_VARIABLE, reason, redacted
+from recsys.errors import ConfigError, StoreError, StoreUnavailableError
+from recsys.features.live_items import Changes, ItemChange, ItemRecord, from_json, merged, to_json
+from recsys.features.store import StoreConfig
+
+T = TypeVar("T")
+ITEMS_A_CALL = 500
+"""Changes per Lua call, and records per read."""
+TRIES = 20
+"""How often a change is merged again because somebody changed the same item meanwhile."""
+
+CHANGE = """
+-- KEYS: held, order, changes, epoch. ARGV: a name for the log, then of each item its id, what it was merged with, and its record.
+-- Answers the places of those that somebody has changed meanwhile, and the newest position.
+redis.call('SET', KEYS[4], ARGV[1], 'NX')
+local missed = {}
+for i = 2, #ARGV, 3 do
+  local held = redis.call('HGET', KEYS[1], ARGV[i])
+  if (held or '') ~= ARGV[i + 1] then
+    missed[#missed + 1] = (i - 2) / 3
+  else
+    local number = held and string.match(held, '^%d+') or redis.call('HLEN', KEYS[1])
+    redis.call('HSET', KEYS[1], ARGV[i], number .. ' ' .. ARGV[i + 2])
+    redis.call('ZADD', KEYS[2], redis.call('INCR', KEYS[3]), ARGV[i])
+  end
+end
+return {missed, redis.call('GET', KEYS[3]) or '0'}
+"""
+
+
+class RedisItemLog:
+    """The ItemLog on a server. Blocking: replicas follow it from a thread of their own."""
+
+    def __init__(self, url: str, config: StoreConfig | None = None, *, timeout_s: float | None = None) -> None:
+        """`url` as for RedisStore; a call may take `timeout_s` (default: store.append_timeout_ms)."""
+        config = config or StoreConfig()
+        self.shown_url, self._timeout_s = redacted(url), timeout_s or config.append_timeout_ms / 1000.0
+        self._keys = [f"{config.prefix}:{{items}}:{part}" for part in ("held", "order", "changes", "epoch")]
+        password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
+        try:
+            self._redis = redis.Redis.from_url(url, protocol=2, socket_timeout=self._timeout_s, socket_connect_timeout=1.0, **password)
+        except ValueError as fault:
+            raise ConfigError(f"redis_url '{self.shown_url}' is no address of a Redis ({fault}). Expected redis://host:6379/0.") from fault
+        self._script = self._redis.register_script(CHANGE)
+        self._wait_for_disk: bool | None = None
+
+    def change(self, changes: Sequence[ItemChange]) -> int:
+        """See ItemLog; what others change at the same time is merged, none is lost."""
+        position = 0
+        for at in range(0, len(changes), ITEMS_A_CALL):
+            left = list(changes[at : at + ITEMS_A_CALL])
+            for _ in range(TRIES):
+                left, position = self._answered(lambda left=left: self._attempt(left))  # type: ignore[misc]
+                if not left:
+                    break
+            else:
+                raise StoreError(f"{len(left)} items are changed by somebody else all the time. Send them again.")
+        self._answered(self._synced)
+        return position
+
+    def _attempt(self, changes: Sequence[ItemChange]) -> tuple[list[ItemChange], int]:
+        held: Any = self._redis.hmget(self._keys[0], [c.item_id for c in changes])
+        now = int(1000 * time.time())
+        arguments: list[Any] = [uuid.uuid4().hex]
+        first: dict[str, int] = {}
+        again: list[ItemChange] = []
+        for change, value in zip(changes, held, strict=True):
+            if change.item_id in first:  # twice in one call: the second is merged with what the first has made
+                again.append(change)
+                continue
+            first[change.item_id] = len(first)
+            record = merged(_record(change.item_id, value) if value else None, change, now)
+            arguments += [change.item_id, value or b"", to_json(record)]
+        missed, position = self._script(keys=self._keys, args=arguments)
+        sent = {n: c for c in changes if (n := first.pop(c.item_id, None)) is not None}
+        return [*(sent[int(n)] for n in missed), *again], int(position)
+
+    def _synced(self) -> None:
+        """Return when the disk has it."""
+        if self._wait_for_disk is None:
+            try:
+                said: Any = self._redis.config_get("append*")
+            except faults.ResponseError:  # managed servers hide their configuration
+                said = {}
+            self._wait_for_disk = said.get("appendonly", "yes") == "yes" and said.get("appendfsync", "always") != "always"
+        if self._wait_for_disk:
+            local: Any = self._redis.execute_command("WAITAOF", 1, 0, int(1000 * self._timeout_s))
+            if local[0] < 1:
+                raise StoreUnavailableError(f"The feature store at {self.shown_url} did not reach its disk. Send the items again.")
+
+    def since(self, position: int) -> Changes:
+        """See ItemLog."""
+        return self._answered(lambda: self._since(position))
+
+    def _since(self, position: int) -> Changes:
+        held_key, order, changes, epoch = self._keys
+        records: dict[str, ItemRecord] = {}
+        while True:
+            with self._redis.pipeline(transaction=False) as pipe:
+                pipe.mget(epoch, changes).zrangebyscore(order, f"({position}", "+inf", start=0, num=ITEMS_A_CALL, withscores=True)
+                (name, newest), page = pipe.execute()
+            if page:
+                ids = [item_id for item_id, _ in page]
+                values: Any = self._redis.hmget(held_key, ids)
+                # An item changed again between the two reads comes with its newer record now, and once more at the next call.
+                records |= {i.decode(): _record(i.decode(), value) for i, value in zip(ids, values, strict=True) if value}
+                position = int(page[-1][1])
+            if len(page) < ITEMS_A_CALL:
+                # A log shorter than what was read of it is another log, whatever it is called.
+                name = (name or b"").decode() if int(newest or 0) >= position else uuid.uuid4().hex
+                return Changes(name, position, list(records.values()))
+
+    def close(self) -> None:
+        """See ItemLog."""
+        self._redis.close()
+
+    def _answered(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except (faults.RedisError, OSError) as fault:
+            raise StoreUnavailableError(f"The feature store at {self.shown_url} {reason(fault, self._timeout_s)}") from fault
+
+
+def _record(item_id: str, held: bytes) -> ItemRecord:
+    number, _, told = held.partition(b" ")
+    return from_json(item_id, int(number), told)
