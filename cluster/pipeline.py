@@ -47,7 +47,7 @@ from recsys.training import Report as StepReport
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = "4"
+STATE_FORMAT = "5"
 """Part of every state folder's name: raised when what is written there changes."""
 NOT_LEARNT_FROM = {"name", "workdir", "registry", "redis_url", "serve", "evaluate", "fetch", "rerank"}
 """Sections that change nothing in what is trained."""

@@ -160,7 +160,7 @@ class FineRankConfig(FrozenConfig):
     keep: PositiveInt = 100
     """Candidates that go on to the re-rank."""
     training: TrainingConfig = TrainingConfig(
-        epochs=10, batch_size=1024, optimizer="adam", learning_rate=0.001, embedding_learning_rate=0.02
+        epochs=10, batch_size=1024, optimizer="adam", learning_rate=0.001, embedding_learning_rate=0.003
     )
     """How it learns."""
 

@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 from recsys.batches import Batch
 from recsys.core import FrozenConfig
 from recsys.errors import ConfigError
+from recsys.evidence import EVIDENCE
 from recsys.features.schema import Field
 from recsys.models.layers import Embedded, EmbeddingFactory, mean_pool, mlp, plain_tables, tables_of
 from recsys.workers import Workers
@@ -41,17 +42,17 @@ class CTRModel(nn.Module):
     mask: Tensor
 
     def __init__(
-        self, fields: Sequence[Field], *, embed: bool, std: float, l2: float, label: str, seed: int, factory: EmbeddingFactory
+        self, fields: Sequence[Field], config: CTRConfig, *, embed: bool, std: float, seed: int, factory: EmbeddingFactory
     ) -> None:
         super().__init__()
-        self.fields, self.label, self.l2 = tuple(fields), label, l2
+        self.fields, self.label, self.l2 = tuple(fields), config.label, config.l2
         self.tables = {t.name: t for t in tables_of(self.fields, embed=embed, linear=True)}
         self.embeddings = factory(self.fields, tuple(self.tables.values()), std, seed)
         torch.manual_seed(seed)
         self.looked_up = tuple(f for f in self.fields if f.shape != "dense")
         self.n_dense = sum(f.width for f in self.fields if f.shape == "dense")
         self.bias = nn.Parameter(torch.zeros(1))
-        self.dense_weight = nn.Parameter(torch.zeros(self.n_dense)) if self.n_dense else None
+        self.dense_weight = nn.Parameter(first_weights(self.fields, config.coarse_start)) if self.n_dense else None
         columns = []
         for f in self.looked_up:
             column = torch.zeros(self.tables[f.table].width)
@@ -84,12 +85,30 @@ class CTRModel(nn.Module):
         return loss
 
 
-class LogisticRegressionConfig(FrozenConfig):
-    type: Literal["lr"] = "lr"
+def first_weights(fields: Sequence[Field], coarse_start: float) -> Tensor:
+    """(C,) first-order weights of the dense columns before training: 0, but for the coarse score, the last column of `evidence`."""
+    parts = [torch.zeros(f.width) for f in fields if f.shape == "dense"]
+    for f, weights in zip((f for f in fields if f.shape == "dense"), parts, strict=True):
+        if f.name == EVIDENCE:
+            weights[-1] = coarse_start
+    return torch.cat(parts)
+
+
+class CTRConfig(FrozenConfig):
+    """What the configurations of all rankers share."""
+
+    type: str
     label: str = "label"
     """The label column it learns."""
     l2: NonNegativeFloat = 0.0
-    """Penalty on the weights that a batch looks up."""
+    """Penalty on the embeddings and first-order weights that a batch looks up. Small logs want 1e-5 to 1e-3."""
+    coarse_start: NonNegativeFloat = 4.0
+    """First-order weight of the coarse score (in the feature `evidence`) before training: the ranker begins at the coarse order and
+    learns what to change. 0: from nothing, which small logs do not make good."""
+
+
+class LogisticRegressionConfig(CTRConfig):
+    type: Literal["lr"] = "lr"
 
     def build(self, fields: Sequence[Field], *, seed: int = 0, factory: EmbeddingFactory = plain_tables) -> LogisticRegression:
         """An untrained model over these fields."""
@@ -100,7 +119,7 @@ class LogisticRegression(CTRModel):
     """logit = bias + Σ w[field, id] + w·dense."""
 
     def __init__(self, config: LogisticRegressionConfig, fields: Sequence[Field], *, seed: int, factory: EmbeddingFactory) -> None:
-        super().__init__(fields, embed=False, std=0.0, l2=config.l2, label=config.label, seed=seed, factory=factory)
+        super().__init__(fields, config, embed=False, std=0.0, seed=seed, factory=factory)
         self.config = config
 
     def forward(self, batch: Batch) -> Scores:
@@ -109,7 +128,7 @@ class LogisticRegression(CTRModel):
         return Scores(self.rows(embedded) @ self.mask + self.dense_logit(batch.dense), embedded)
 
 
-class DeepFMConfig(FrozenConfig):
+class DeepFMConfig(CTRConfig):
     type: Literal["deepfm"] = "deepfm"
     dim: PositiveInt = 16
     """Width of the FM part. Fields of another width are projected to it, without bias."""
@@ -117,12 +136,8 @@ class DeepFMConfig(FrozenConfig):
     """Widths of the perceptron's hidden layers."""
     dropout: float = Bound(default=0.0, ge=0, lt=1)
     """Share of hidden units dropped in training. Any value above 0 makes runs with different numbers of workers differ."""
-    l2: NonNegativeFloat = 0.0
-    """Penalty on the embeddings and first-order weights that a batch looks up. Small logs want 1e-5 to 1e-3."""
     init_std: NonNegativeFloat = 1e-4
     """Standard deviation of the embeddings before training."""
-    label: str = "label"
-    """The label column it learns."""
 
     def build(self, fields: Sequence[Field], *, seed: int = 0, factory: EmbeddingFactory = plain_tables) -> DeepFM:
         """An untrained model over these fields."""
@@ -133,7 +148,7 @@ class DeepFM(CTRModel):
     """First order + FM + MLP on shared embeddings."""
 
     def __init__(self, config: DeepFMConfig, fields: Sequence[Field], *, seed: int, factory: EmbeddingFactory) -> None:
-        super().__init__(fields, embed=True, std=config.init_std, l2=config.l2, label=config.label, seed=seed, factory=factory)
+        super().__init__(fields, config, embed=True, std=config.init_std, seed=seed, factory=factory)
         self.config = config
         self.dims = [f.dim for f in self.looked_up]
         self.widths = [self.tables[f.table].width for f in self.looked_up]

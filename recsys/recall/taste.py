@@ -9,6 +9,7 @@ import numpy as np
 from recsys.core import Queries, Query
 from recsys.data.interactions import Interactions
 
+
 class RowVectors(Protocol):
     """(n, d) float32 vectors by item row: an array, or what looks like one."""
 

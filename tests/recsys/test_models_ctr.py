@@ -8,6 +8,7 @@ import torch
 
 from recsys.batches import Batch, Examples
 from recsys.errors import ConfigError
+from recsys.evidence import evidence_field
 from recsys.features.schema import Field
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.training import TrainingConfig, train_locally
@@ -115,3 +116,15 @@ def test_l2_keeps_the_embeddings_small(tmp_path: Path):
         model, _ = train_locally(examples, DeepFMConfig(dim=8, hidden=(8,), l2=l2, init_std=0.1), training)
         norms.append(float(model.embeddings.tables["user_id"].detach().norm()))
     assert norms[1] < 0.9 * norms[0]
+
+
+@pytest.mark.parametrize("config", [DeepFMConfig(dim=4, hidden=(8,)), LogisticRegressionConfig()], ids=["deepfm", "lr"])
+def test_a_ranker_begins_at_the_coarse_order(config):
+    field = evidence_field(1)  # found, score, depth, merged, coarse
+    seen = np.array([[1, 0.5, 0.2, 0.9, 0.3], [1, 0.5, 0.2, 0.9, 0.8]], np.float32)
+    model = config.build((field,), seed=0)
+    for p in (p for name, p in model.named_parameters() if name.startswith("mlp")):
+        torch.nn.init.zeros_(p)
+    with torch.inference_mode():
+        low, high = model(Batch.of((field,), {field.name: seen})).logit.tolist()
+    assert (low, high) == pytest.approx((4 * 0.3, 4 * 0.8))

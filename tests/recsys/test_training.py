@@ -247,7 +247,7 @@ def test_reports_tell_epoch_step_loss_and_metrics(ranker: Path):
 def test_each_table_optimizer_learns(ranker: Path, optimizer: str):
     rate = 5.0 if optimizer == "sgd" else 0.05
     training = FAST.model_copy(update={"embedding_optimizer": optimizer, "embedding_learning_rate": rate})
-    _, fitted = train_locally(Examples(ranker), DeepFMConfig(dim=8, hidden=(8,), init_std=0.1), training)
+    _, fitted = train_locally(Examples(ranker), DeepFMConfig(dim=8, hidden=(8,), init_std=0.1, coarse_start=0.0), training)
     assert fitted.metrics["auc"] > 0.7
 
 
@@ -273,5 +273,5 @@ def test_lr_on_separable_columns_reaches_the_ceiling(tmp_path: Path):
     evidence = rows["evidence"].copy()
     evidence[:, 0] = rows["label"] * 2 - 1
     examples = Examples(toy.write(tmp_path, "ranker", valid=0, changed={"evidence": evidence}))
-    _, fitted = train_locally(examples, LogisticRegressionConfig(), FAST.model_copy(update={"learning_rate": 0.5}))
+    _, fitted = train_locally(examples, LogisticRegressionConfig(coarse_start=0.0), FAST.model_copy(update={"learning_rate": 0.5}))
     assert fitted.metrics["loss"] < 0.2
