@@ -19,7 +19,7 @@ from recsys.workers import Alone
 from tests import toy_examples as toy
 
 FAST = TrainingConfig(epochs=3, batch_size=128, granule=32, learning_rate=0.05)
-SMALL = DeepFMConfig(dim=8, hidden=(8,), init_std=0.01)
+SMALL = DeepFMConfig(dim=8, hidden=(8,), init_std=0.01, coarse_start=0.0)
 
 
 @pytest.fixture(scope="module")
