@@ -200,6 +200,36 @@ def train(
 
 
 @app.command(rich_help_panel=MODEL)
+def retrain(
+    config: ConfigFiles,
+    settings: Settings = None,
+    *,
+    since: Annotated[
+        str, typer.Option(metavar="last|VERSION", help="Take what this version has not taken; last: the one in production.")
+    ] = "last",
+    events: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Live events as Parquet, file or folder. Default: the workdir's events.")
+    ] = None,
+    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it production where it passes the gate.")] = True,
+    anew: Annotated[bool, typer.Option("--anew", help="Fit from nothing instead of going on from the serving version's weights.")] = False,
+) -> None:
+    """Take the events that came since, go on from the serving version, judge both by the newest events, publish and promote.
+
+    A version that does not pass retrain.gate is refused with a sentence and exit code 2, and the serving one stays. Nothing new
+    is nothing to do: give it to cron.
+
+    Examples:
+
+      rayfunnel retrain -c configs/movielens.yaml --since last
+
+      rayfunnel retrain -c configs/movielens.yaml --events /mnt/exported/events --no-promote
+    """
+    from cluster import retrain as retraining
+
+    retraining.retrain(load(config, settings), out, since=since, events=events, promote=promote, anew=anew)
+
+
+@app.command(rich_help_panel=MODEL)
 def tune(
     config: ConfigFiles,
     space: Annotated[Path, typer.Option("--space", metavar="FILE", help="Search space: dotted paths into the configuration.")],

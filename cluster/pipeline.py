@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 STATE_FORMAT = "5"
 """Part of every state folder's name: raised when what is written there changes."""
-NOT_LEARNT_FROM = {"name", "workdir", "registry", "redis_url", "serve", "evaluate", "fetch", "rerank"}
+NOT_LEARNT_FROM = {"name", "workdir", "registry", "redis_url", "serve", "evaluate", "fetch", "rerank", "retrain", "ingest", "store"}
 """Sections that change nothing in what is trained."""
 
 
@@ -66,8 +66,10 @@ def _files(config: Config) -> list[tuple[str, int, int]]:
     paths = [path for path, _ in data.interactions.files()]
     paths += [p for t in (data.items, data.users) if t is not None for p in ((t.path,) if isinstance(t.path, str) else t.path)]
     paths += [data.history.path] if data.history is not None else []
+    live = [] if data.interactions.live is None else [resolve(data.interactions.live)]
+    live += [p for folder in live for p in sorted(folder.rglob("*"))]
     found = []
-    for path in map(resolve, paths):
+    for path in (*map(resolve, paths), *live):
         stat = os.stat(path) if os.path.exists(path) else None  # noqa: PTH110, PTH116 - it may be a URI
         found.append((str(path), stat.st_size if stat else -1, stat.st_mtime_ns if stat else -1))
     return found
@@ -87,15 +89,17 @@ def fetch(config: Config, console: Console) -> None:
             bring(config.fetch, config.fetched)
 
 
-def prepare(config: Config, console: Console, *, split: SplitConfig | None = None) -> tuple[Prepared, str]:
+def prepare(config: Config, console: Console, *, split: SplitConfig | None = None, like: Path | None = None) -> tuple[Prepared, str]:
     """The prepared data set and its key, from disk where nothing changed. Prints the account of the cleaning.
 
-    `split` stands in for the configuration's own, where a protocol of evaluation asks for another.
+    `split` stands in for the configuration's own, where a protocol of evaluation asks for another; `like`: see `recsys.prepared`.
     """
     fetch(config, console)
     split = split or config.split
     document = config.document()
-    key = state_key(_files(config), document.get("data"), split.model_dump(mode="json"), document.get("features"))
+    key = state_key(
+        _files(config), document.get("data"), split.model_dump(mode="json"), document.get("features"), *([str(like)] if like else [])
+    )
     folder = state(config, "data", key)
     if (folder / "prepared.json").exists():
         prepared = Prepared.load(folder)
@@ -105,7 +109,7 @@ def prepare(config: Config, console: Console, *, split: SplitConfig | None = Non
         return prepared, key
     start = time.perf_counter()
     with console.status("reading and cleaning the log, fitting the features"):
-        prepared = prepare_data(config, split)
+        prepared = prepare_data(config, split, like)
         unfinished = folder.with_name(f".unfinished-{uuid.uuid4().hex[:8]}")
         unfinished.mkdir(parents=True)
         try:

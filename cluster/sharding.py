@@ -278,6 +278,18 @@ class Sharding:
                     rows = init_rows(table, row, row + part.shape[0], std=self.embeddings.std, seed=self.embeddings.seed)
                     part.copy_(rows[:, column : column + part.shape[1]])
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights of a saved model of these fields; each worker copies the part that it holds."""
+        with torch.no_grad():
+            for name, weight in self._weights().items():
+                for part, (row, column) in _local_parts(weight):
+                    part.copy_(weights[f"{TABLES}{name}"][row : row + part.shape[0], column : column + part.shape[1]])
+            if self.embeddings.replicated is not None:
+                for name, p in self.embeddings.replicated.tables.items():
+                    p.copy_(weights[f"{TABLES}{name}"])
+            for name, p in self.dense.items():
+                p.copy_(weights[name])
+
     def _weights(self) -> dict[str, Any]:
         """Fused tables by name."""
         with warnings.catch_warnings():

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 from ray.data import DataContext
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file
 
 from cluster.checkpoint import Checkpoints, RunSnapshots, check_same_run, name_of
 from cluster.sharding import ProcessGroupWorkers, Sharding
@@ -247,6 +248,8 @@ def _fit_here(config: dict[str, Any]) -> None:
     sharding = Sharding(training, device=device)
     model = model_config.build(examples.fields, seed=training.seed, factory=sharding.tables)
     sharding.apply(model)
+    if examples.start is not None:
+        sharding.start_from(load_file(examples.start))
     rank = dist.get_rank()
 
     def on_report(report: Report) -> None:

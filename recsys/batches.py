@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recsys.errors import TrainingError
@@ -27,6 +28,8 @@ from recsys.models.layers import FieldIds
 
 PREFETCHED = 4
 """Batches decoded ahead. More only helps where reading stalls."""
+
+START = "start.safetensors"
 
 Part = Literal["train", "valid"]
 
@@ -101,6 +104,12 @@ class Examples:
                     raise TrainingError(
                         f"{self.folder / part}.parquet lacks the columns {lacking} that its schema.json declares. Run `prepare` again."
                     )
+
+    @property
+    def start(self) -> Path | None:
+        """The weights that training goes on from (see `save_start`); None: it begins anew."""
+        path = self.folder / START
+        return path if path.exists() else None
 
     @cached_property
     def items(self) -> dict[str, np.ndarray]:
@@ -194,6 +203,13 @@ class Examples:
             stop = min(start + rows, first + share)
             batch = file.rows(min(start, total - 1), min(max(stop, 1), total))
             yield _padded(batch, stop - start, max(0, min(stop, total) - start))
+
+
+def save_start(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights that training goes on from, by the names of a saved model, beside the examples."""
+    unfinished = folder / f".{START}"
+    save_file({name: w.detach().contiguous() for name, w in weights.items()}, unfinished)
+    unfinished.replace(folder / START)
 
 
 def share_of(rows: int, workers: int) -> int:

@@ -45,6 +45,7 @@ from recsys.recall.trending import TrendingConfig
 from recsys.recall.user_cf import UserCFConfig
 from recsys.recall.vector import VectorConfig
 from recsys.rerank.diversity import MMRConfig
+from recsys.retrain_config import RetrainConfig
 from recsys.serve_config import ServeConfig
 from recsys.training import TrainingConfig
 
@@ -215,6 +216,8 @@ class Config(Places):
     """Stage 4: the page as a whole."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How the report is made."""
+    retrain: RetrainConfig = RetrainConfig()
+    """Going on from the serving version with what happened since."""
     serve: ServeConfig = ServeConfig()
     """The live service."""
 

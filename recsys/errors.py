@@ -9,6 +9,7 @@ RayfunnelError                 a sentence: what came, what was expected, what to
 ├── StoreError                 the feature store refused or did not answer
 │   └── StoreUnavailableError  it did not answer in time, or the connection is gone
 ├── TrainingError              a training run cannot go on (NaN loss, bad checkpoint)
+├── RetrainRefusedError        a retrained version did not pass its gate; the serving one stays
 └── RequestError               a request of a client is wrong; becomes a 4xx with a code
 """
 
@@ -53,6 +54,10 @@ class StoreUnavailableError(StoreError):
 
 class TrainingError(RayfunnelError):
     """A training run cannot go on."""
+
+
+class RetrainRefusedError(RayfunnelError):
+    """A retrained version did not pass its gate; the serving one stays."""
 
 
 class RequestError(RayfunnelError):

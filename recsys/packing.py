@@ -40,7 +40,8 @@ def pack(funnel: Funnel, folder: Path, *, tower: Path, ranker: Path) -> dict[str
     document = funnel.config.document()
     for local in ("workdir", "registry", "redis_url"):
         document.pop(local, None)  # where a bundle was made says nothing of what it is
-    (folder / "config.json").write_text(json.dumps(document, indent=1, sort_keys=True))
+    document["data"]["interactions"].pop("live", None)
+    (folder / "config.json").write_text(json.dumps(document, indent=1))  # unsorted: channels are columns of the evidence
     funnel.users.save(folder, "users")
     funnel.items.save(folder, "items")
     funnel.space.save(folder / "features")

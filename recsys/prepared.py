@@ -145,8 +145,10 @@ class Prepared:
         )
 
 
-def prepare(config: Config, split: SplitConfig | None = None) -> Prepared:
+def prepare(config: Config, split: SplitConfig | None = None, like: Path | None = None) -> Prepared:
     """Load, clean, split and encode the declared data set. `split` stands in for the configuration's own (a protocol's).
+
+    `like` is the features folder of a version whose scales and widths are kept, so that its models can go on from there.
 
     Raises DataError where files cannot be read as declared or nothing is left to learn from.
     """
@@ -166,6 +168,8 @@ def prepare(config: Config, split: SplitConfig | None = None) -> Prepared:
     if leaks := list(too_good(declared["context"], train.context, train.labels[POSITIVE])):
         raise DataError("\n".join(leaks))
     space = FeatureSpace.fit(config.features, declared, data.users, data.items, train)
+    if like is not None:
+        space = space.keeping(FeatureSpace.load(like))
     titles = _titles(config, data.items)
     enters, aggregates, joined = told(log, config.history), None, {}
     if config.features.aggregates:

@@ -173,7 +173,10 @@ class Recipe:
                 granule=training.granule,
                 seed=self.config.seed,
             )
-        return self.train(folder, self.config.two_tower.model, training, name=name)
+        return self._trained(folder, self.config.two_tower.model, training, name)
+
+    def _trained(self, folder: Path, model: ModelConfig, training: TrainingConfig, name: str) -> Path:
+        return self.train(folder, model, training, name=name)
 
     # ---- fine ranker ----------------------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class Recipe:
                 granule=training.granule,
                 seed=self.config.seed,
             )
-        return self.train(folder, self.config.fine_rank.model, training, name="fine_rank")
+        return self._trained(folder, self.config.fine_rank.model, training, "fine_rank")
 
     def _evidence(self, n_channels: int) -> tuple[Field, ...]:
         wanted = self.config.fine_rank.features

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import Field as Bound
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recsys.batches import Batch, Examples
@@ -356,6 +357,8 @@ def train_locally(
 ) -> tuple[Any, Fitted]:
     """Fit one model in this process on plain tables: (model holding the best epoch, what happened). The reference of every sharded run."""
     model = model_config.build(examples.fields, seed=config.seed, factory=sparse_tables)
+    if examples.start is not None:
+        model.load_state_dict(load_file(examples.start))
     tables = list(model.embeddings.parameters())
     dense = [p for name, p in model.named_parameters() if not name.startswith("embeddings.")]
     optimizers = [dense_optimizer(dense, config), *([table_optimizer(tables, config)] if tables else [])]

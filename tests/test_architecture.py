@@ -21,11 +21,11 @@ LAYERS = (
     ("data",),
     ("features", "evidence", "moments"),
     ("metrics", "significance", "batches", "models", "recall", "rerank"),
-    ("training", "validation", "export"),
-    ("config_faults", "config_file", "config_manual", "serve_config", "places", "config"),
+    ("training", "validation", "export", "growing"),
+    ("config_faults", "config_file", "config_manual", "serve_config", "ingest_config", "retrain_config", "places", "config"),
     ("bundle", "prepared", "onboarding"),
     ("channels", "delta", "funnel"),
-    ("examples", "packing", "blending", "recipe", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
+    ("examples", "packing", "blending", "recipe", "continued", "rolling", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc", "shared", "tools"}

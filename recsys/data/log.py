@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.core import UNKNOWN
-from recsys.data import cleaning
+from recsys.data import cleaning, live_log
 from recsys.data.cleaning import Account, Coded
 from recsys.data.columns import FROM_TIME
 from recsys.data.formats import Need, Raw, format_of, read
+from recsys.data.live_log import as_rows
 from recsys.data.paths import Resolver
 from recsys.data.sources import DataConfig, EventConfig, InteractionsConfig, LogColumns
 from recsys.data.tables import text_wanted
@@ -44,12 +45,17 @@ def read_log(config: DataConfig, resolve: Resolver, keep: Sequence[str], account
     columns = columns._replace(
         time=None if columns.time in absent else columns.time, value=None if columns.value in absent else columns.value
     )
+    lengths, part = [len(raw.table) for raw, _ in raws], [part for _, part in raws]
+    if log.live is not None:
+        told = as_rows(live_log.read(str(resolve(log.live))), config, columns, keep, table.schema)
+        table = pa.concat_tables([table, told], promote_options="permissive")
+        lengths, part = [*lengths, len(told)], [*part, 0]
     malformed = sum(raw.malformed for raw, _ in raws)
     account.read, account.dropped = len(table) + malformed, dict.fromkeys(cleaning.REASONS, 0)
     account.dropped["malformed line"] = malformed
     if columns.time is None and (guess := [name for name in ("timestamp", "time", "time_ms", "ts", "date") if name in raws[0][0].header]):
         account.notes.append(f"no time is declared, so the order of the log counts; column '{guess[0]}' looks like one (interactions.time)")
-    return RawLog(table, columns, np.repeat(np.array([part for _, part in raws], np.int8), [len(raw.table) for raw, _ in raws]))
+    return RawLog(table, columns, np.repeat(np.array(part, np.int8), lengths))
 
 
 def _needs(config: DataConfig, columns: LogColumns, keep: Sequence[str]) -> dict[str, Need]:

@@ -94,6 +94,9 @@ class InteractionsConfig(FileConfig):
     """The part to tune on."""
     test: str | None = None
     """The part to judge by."""
+    live: str | None = None
+    """Events that came in live, which follow the log: the folder `events` of a workdir, or Parquet of its columns (see
+    recsys/data/event_files.py). `rayfunnel retrain` fills it in by itself. An event that the log holds already is dropped."""
     user: str | None = None
     """Column of the user id (default: user_id)."""
     item: str | None = None

@@ -139,6 +139,25 @@ class FeatureSpace:
         fitting.check(config, columns, has_time=interactions.has_time)
         return cls(config, columns, fitting.fit(config, columns, users, items, interactions))
 
+    def keeping(self, before: Self) -> Self:
+        """These vocabularies with the scales, bins and widths of an earlier fit, so that its models' inputs mean the same.
+
+        Of another declaration nothing is kept.
+        """
+        if self.schema_hash != before.schema_hash:
+            return self
+        encoders = {
+            side: {
+                name: fitting.restore(
+                    fitting.build(column, self.tables.get(column.table or name)), fitting.state(before.encoders[side][name])
+                )
+                for name, column in named.items()
+            }
+            for side, named in self.columns.items()
+        }
+        fitted = fitting.Fitted(self.tables, encoders, self.user_rows, self.item_rows, self.account)
+        return type(self)(self.config, self.columns, fitted)
+
     @property
     def item_rows(self) -> np.ndarray:
         """(I,) int32: rows of table item_id by row of the item vocabulary."""

@@ -259,3 +259,9 @@ def test_a_channel_that_knows_nothing_of_filters_cannot_break_them(funnel):
         funnel.channels = own
     assert sorted(candidates.items[0].tolist()) == [-1, -1, -1, 1, 3]
     assert sorted(candidates.items[1].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_channels_of_a_loaded_funnel_stand_as_they_did_in_training(small: Small, funnel):
+    """Each channel is a few columns of the ranker's evidence: in another order they would be read as another channel's."""
+    assert list(funnel.channels) == list(small.config.recall.channels)
+    assert list(funnel.channels) != sorted(funnel.channels)

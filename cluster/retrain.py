@@ -1,0 +1,270 @@
+"""`rayfunnel retrain`: new events to a promoted version that goes on from the serving one, or a sentence why not.
+
+What a version has taken lies in its own bundle (`taken.json`), so it is published together with it or not at all: a run that
+is killed anywhere has taken nothing, and the next one takes the same events again. A refused version is not published; its
+events count as new until they are in a version.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+
+from cluster import evaluation, pipeline
+from cluster.registry import Registry, open_registry
+from recsys import packing
+from recsys.config import Config
+from recsys.continued import Continued
+from recsys.core import Vocabulary
+from recsys.data import live_log
+from recsys.data.split import SplitConfig
+from recsys.errors import DataError, RetrainRefusedError
+from recsys.funnel import Funnel, Past
+from recsys.prepared import Prepared
+from recsys.recipe import Recipe
+from recsys.rolling import Newest, Verdict, compared
+
+TAKEN = "taken.json"
+Positions = dict[int, int]
+"""Partition -> the position behind the newest event taken."""
+
+
+class Retrained(NamedTuple):
+    """What a run came to. version: None where there was nothing to take; seconds: of the whole run; verdict: None without a judgement."""
+
+    version: str | None
+    promoted: bool
+    new_events: int
+    warm: bool
+    verdict: Verdict | None
+    seconds: float
+    sentence: str
+
+
+class Serving(NamedTuple):
+    """The version to follow: its bundle, and (E,) bool rows of the log that it has not seen."""
+
+    version: str
+    folder: Path
+    fresh: np.ndarray
+
+
+def retrain(
+    config: Config,
+    console: Console,
+    *,
+    since: str = "last",
+    events: str | None = None,
+    promote: bool = True,
+    anew: bool = False,
+) -> Retrained:
+    """Take the events that the version `since` (last: the serving one) has not; fit, judge, publish and promote.
+
+    `events` is a folder or file in place of the workdir's own. Raises RetrainRefusedError where the gate does not hold (nothing
+    is published then) and BundleError where nothing is serving yet.
+    """
+    began = time.perf_counter()
+    registry = open_registry(config.place("registry"))
+    serving = registry.resolve("production" if since == "last" else since)
+    held = live_log.read(events or config.place("events"))
+    taken = taken_by(registry, serving)
+    new = held.filter(_behind(held, taken))
+    ends = _ends(held, taken)
+    done = partial(_done, began, console)
+    if len(new) < config.retrain.min_events:
+        few = f"{len(new):,} new events since {serving}: fewer than the {config.retrain.min_events:,} of retrain.min_events. Nothing to do."
+        return done(None, promoted=False, new=len(new), warm=False, verdict=None, sentence=few)
+    if (same := _published(registry, serving, ends)) is not None:
+        if promote:
+            registry.promote(same)
+        sentence = f"{same} has taken these {len(new):,} events already" + (" and is production now" if promote else "")
+        return done(same, promoted=promote, new=len(new), warm=False, verdict=None, sentence=sentence)
+
+    pipeline.fetch(config, console)
+    config, cut = _with_live(config, held, new)
+    folder = registry.local_copy(serving)
+    prepared, data_key = pipeline.prepare(config, console, split=cut, like=None if anew else folder / "features")
+    to_follow = Serving(serving, folder, _fresh(prepared, new, folder))
+    steps, warm, why = _steps(config, prepared, data_key, to_follow, console, anew=anew)
+    console.print(
+        f"{len(new):,} new events since {serving}; " + ("going on from its weights" if warm else f"fitting anew: {why}"), highlight=False
+    )
+    verdict = _judged(config, steps, to_follow, console)
+    if not verdict.passed:
+        raise RetrainRefusedError(
+            f"The retrained version is not published and {serving} stays: {verdict.sentence()}. The gate wants a difference of at least "
+            f"{config.retrain.gate.at_least:g} standard errors. Look at the new events, or change retrain.gate."
+        )
+    taken_now = {"positions": ends, "events": len(held), "since": serving, "warm": warm}
+    version = _publish(registry, steps, taken_now, verdict, console)
+    if promote:
+        registry.promote(version)
+    sentence = f"{version}{' is production' if promote else ' is published, not promoted'}: {verdict.sentence()}"
+    return done(version, promoted=promote, new=len(new), warm=warm, verdict=verdict, sentence=sentence)
+
+
+def _done(
+    began: float, console: Console, version: str | None, *, promoted: bool, new: int, warm: bool, verdict: Verdict | None, sentence: str
+) -> Retrained:
+    seconds = time.perf_counter() - began
+    console.print(f"{escape(sentence)} ({seconds:.1f} s)", highlight=False)
+    return Retrained(version, promoted, new, warm, verdict, seconds, sentence)
+
+
+# ---- which events -----------------------------------------------------------------------------------------------------
+
+
+def taken_by(registry: Registry, version: str) -> Positions:
+    """Up to where a version has taken the event log; nothing for one that `train` made."""
+    path = registry.local_copy(version, contents=False) / TAKEN
+    return {int(p): n for p, n in json.loads(path.read_text())["positions"].items()} if path.exists() else {}
+
+
+def _behind(events: pa.Table, taken: Mapping[int, int]) -> pa.Array:
+    partition, position = events["partition"].to_numpy(), events["position"].to_numpy()
+    starts = np.zeros(int(partition.max(initial=0)) + 1, np.int64)
+    for p, n in taken.items():
+        if p < len(starts):
+            starts[p] = n
+    return pa.array(position >= starts[partition]) if len(events) else pa.array([], pa.bool_())
+
+
+def _ends(events: pa.Table, taken: Mapping[int, int]) -> Positions:
+    out = dict(taken)
+    newest = events.group_by("partition").aggregate([("position", "max")])
+    for p, n in zip(newest["partition"].to_pylist(), newest["position_max"].to_pylist(), strict=True):
+        out[p] = max(out.get(p, 0), n + 1)
+    return dict(sorted(out.items()))
+
+
+def _published(registry: Registry, serving: str, ends: Positions) -> str | None:
+    """The newest version that went on from the serving one with exactly these events."""
+    for version in reversed(registry.versions()):
+        if registry.manifest(version).parent_version == serving and taken_by(registry, version) == ends:
+            return version
+    return None
+
+
+def _with_live(config: Config, held: pa.Table, new: pa.Table) -> tuple[Config, SplitConfig]:
+    """The configuration whose log goes on with these events, frozen in a file of the state; and the cuts among the new ones."""
+    digest = pipeline.state_key(*(held[name].to_pylist() for name in ("partition", "position", "event_id")))
+    folder = pipeline.state(config, "data", f"live-{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "events.parquet"
+    if not file.exists():
+        unfinished = folder / ".unfinished"
+        pq.write_table(held, unfinished)
+        unfinished.replace(file)
+    times = np.sort(new["time_ms"].to_numpy()) / 1000
+    how = config.retrain
+    valid_from, test_from = (
+        float(times[min(int(len(times) * share), len(times) - 1)]) for share in (1 - how.held_out - how.valid, 1 - how.held_out)
+    )
+    if not times[0] <= valid_from < test_from:
+        raise DataError(
+            f"The {len(times):,} new events cannot be cut by time: they span {times[-1] - times[0]:.0f} s, too many at one instant. "
+            "Wait for more."
+        )
+    data = config.data.model_copy(update={"interactions": config.data.interactions.model_copy(update={"live": str(file)})})
+    return config.model_copy(update={"data": data}), SplitConfig(by="time", valid_from=valid_from, test_from=test_from)
+
+
+def _fresh(prepared: Prepared, new: pa.Table, serving: Path) -> np.ndarray:
+    """(E,) bool: rows of the log that the serving version has not seen. One that it had from the log itself is not fresh."""
+    log = prepared.log
+    users = log.users.rows(new["user_id"].to_pylist())
+    items = log.items.rows(new["item_id"].to_pylist())
+    keys = {*zip(users.tolist(), items.tolist(), new["time_ms"].to_pylist(), strict=True)}
+    oldest = float(pc.min(new["time_ms"]).as_py()) / 1000
+    at = np.flatnonzero(log.time >= oldest - 1)
+    out = np.zeros(len(log), bool)
+    times = np.round(log.time[at] * 1000).astype(np.int64)
+    out[at] = [key in keys for key in zip(log.user[at].tolist(), log.item[at].tolist(), times.tolist(), strict=True)]
+    out &= ~_known_to(prepared, serving, out)
+    return out
+
+
+def _known_to(prepared: Prepared, serving: Path, candidates: np.ndarray) -> np.ndarray:
+    """(E,) bool: candidates that stand in the histories that the serving version was trained with."""
+    held, log = Past.load(serving / "past"), prepared.log
+    users, items = Vocabulary.load(serving, "users"), Vocabulary.load(serving, "items")
+    owner = np.repeat(np.arange(len(held.indptr) - 1), np.diff(held.indptr))
+    had = {*zip(users.outside(owner), items.outside(held.items), np.asarray(held.times).tolist(), strict=True)}
+    rows = np.flatnonzero(candidates)
+    keys = zip(log.users.outside(log.user[rows]), log.items.outside(log.item[rows]), log.time[rows].tolist(), strict=True)
+    out = np.zeros(len(log), bool)
+    out[rows] = [key in had for key in keys]
+    return out
+
+
+# ---- fit, judge, publish ----------------------------------------------------------------------------------------------
+
+
+def _steps(
+    config: Config, prepared: Prepared, data_key: str, serving: Serving, console: Console, *, anew: bool
+) -> tuple[Recipe, bool, str]:
+    """The recipe in force: it goes on from the serving version where that can be; else it begins anew, and why."""
+    fresh = serving.fresh
+    document = {k: v for k, v in config.document().items() if k not in pipeline.NOT_LEARNT_FROM}
+    say = partial(pipeline._say, console)
+    far = evaluation.on_ray(config, prepared)[0]
+
+    def places(*more: str) -> tuple[Path, str]:
+        key = pipeline.state_key(data_key, document, config.retrain.model_dump(mode="json"), *more)
+        storage = f"{config.root}/runs/{key}" if "://" in config.root else str(pipeline.state(config, "runs", key))
+        return pipeline.state(config, "examples", key), storage
+
+    examples, storage = places(serving.version)
+    warm = Continued(
+        config, prepared, examples, pipeline.trainer(console, storage, in_process=not far), say, start=serving.folder, fresh=fresh
+    )
+    why = "--anew" if anew else warm.hindrance()
+    if why is None and not (prepared.split.train & fresh & prepared.log.positive).any():
+        why = "none of the new events before the held-out ones is a positive"
+    if why is None:
+        new = ", ".join(f"{n:,} of {table}" for table, n in warm.newcomers().items())
+        say(f"tables grow by {new}" if new else "every id is known already")
+        return warm, True, ""
+    examples, storage = places()
+    return Recipe(config, prepared, examples, pipeline.trainer(console, storage, in_process=not far), say), False, why
+
+
+def _judged(config: Config, steps: Recipe, serving: Serving, console: Console) -> Verdict:
+    gate = config.retrain.gate
+    newest = Newest.of(
+        steps.prepared,
+        among=serving.fresh,
+        history=config.history.length,
+        k=int(gate.metric.rpartition("@")[2]),
+        again=not config.recall.exclude_seen,
+        most=gate.users,
+        seed=config.seed,
+    )
+    judged = steps.judged()
+    with console.status(f"judging both versions by {len(newest):,} users"):
+        return compared(newest, newest.asked(judged), newest.asked(Funnel.load(serving.folder)), gate)
+
+
+def _publish(registry: Registry, steps: Recipe, taken: Mapping[str, Any], verdict: Verdict, console: Console) -> str:
+    final = steps.final()
+    metrics = {verdict.metric: verdict.new, f"serving {verdict.metric}": verdict.serving, "users": verdict.users, "protocol": "rolling"}
+
+    def fill(folder: Path) -> dict[str, Any]:
+        fields = packing.pack(final, folder, tower=steps.final_tower, ranker=steps.ranker)
+        (folder / TAKEN).write_text(json.dumps(taken))
+        return fields
+
+    with console.status("writing the bundle"):
+        version: str = registry.publish(fill, metrics=metrics, parent_version=taken["since"])
+    return version

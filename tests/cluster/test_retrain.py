@@ -1,0 +1,213 @@
+"""`rayfunnel retrain`: new events to a promoted version, refused by the gate, repeated, killed, with new ids and other features."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cluster import retrain as retraining
+from cluster.registry import Registry
+from cluster.retrain import TAKEN, retrain, taken_by
+from recsys.config import Config
+from recsys.errors import BundleError, DataError, RetrainRefusedError
+from recsys.funnel import Funnel, FunnelRequest
+from tests.live_events import Told, archive
+from tests.small import config_of, publish, write_data
+
+LATER = 1_700_100_000
+TOLERANT = "retrain.gate.at_least=-100"
+
+
+def console() -> Console:
+    return Console(record=True, width=300, force_terminal=False)
+
+
+def new_events(n: int = 240, *, start: float = LATER, flip: bool = False) -> list[Told]:
+    """Users take items of their own half (or, flipped, of the other); every tenth event is a new user's, every seventh of a new item."""
+    rng = np.random.default_rng(n)
+    told = []
+    for k in range(n):
+        u = int(rng.integers(60))
+        user = f"new{u % 6}" if k % 10 == 0 else f"u{u}"
+        item = f"fresh{u % 2}" if k % 7 == 0 else f"i{2 * int(rng.integers(20)) + (u + flip) % 2}"
+        told.append(Told(user, item, start + 60 * k, context={"device": "web"}))
+    return told
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A published version, and its folder to copy."""
+    folder = tmp_path_factory.mktemp("retrain")
+    write_data(folder)
+    config = config_of(folder)
+    publish(config, Registry(config.place("registry")))
+    return folder
+
+
+@pytest.fixture
+def at(trained, tmp_path) -> Path:
+    """A copy of the trained workdir for one test."""
+    import shutil
+
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def registry(config: Config) -> Registry:
+    return Registry(config.place("registry"))
+
+
+def test_new_events_become_a_promoted_version_that_knows_new_ids(at):
+    config = config_of(at, TOLERANT)
+    first = registry(config).resolve("production")
+    archive(Path(config.place("events")), new_events())
+    told = console()
+    done = retrain(config, told)
+    held = registry(config)
+    assert (done.promoted, done.warm, done.new_events) == (True, True, 240)
+    assert held.resolve("production") == done.version != first
+    assert held.resolve("previous") == first
+    manifest = held.manifest(done.version)
+    assert manifest.parent_version == first
+    assert manifest.metrics["protocol"] == "rolling"
+    assert sum(taken_by(held, done.version).values()) == 240
+    assert "tables grow by" in told.export_text()
+    funnel = Funnel.load(held.bundles / done.version)
+    assert funnel.users.row("new0") >= 0
+    assert funnel.items.row("fresh1") >= 0
+    page = funnel.page(q := funnel.queries([FunnelRequest("u3", 5, LATER + 20_000)]), funnel.recommend(q))[0]
+    assert len(page) == 5
+    assert "live" not in manifest.config["data"]["interactions"]
+
+
+def test_what_was_taken_is_not_taken_again(at):
+    config = config_of(at, TOLERANT)
+    events = Path(config.place("events"))
+    archive(events, new_events())
+    first = retrain(config, console(), promote=False)
+    held = registry(config)
+    assert not first.promoted
+    assert held.resolve("production") != first.version
+    again = retrain(config, console(), promote=False)
+    assert (again.version, again.verdict) == (first.version, None)  # nothing was trained
+    assert len(held.versions()) == 2
+    promoted = retrain(config, console())
+    assert promoted.version == first.version == held.resolve("production")
+    nothing = retrain(config, console())
+    assert nothing.version is None
+    assert "0 new events" in nothing.sentence
+    archive(events, new_events(150, start=LATER + 100_000))
+    second = retrain(config, console())
+    assert second.new_events == 150
+    assert held.manifest(second.version).parent_version == first.version
+    assert sum(taken_by(held, second.version).values()) == 390
+
+
+def test_a_version_that_is_worse_is_refused_and_the_serving_one_stays(at):
+    config = config_of(at, "retrain.gate.at_least=100")
+    serving = registry(config).resolve("production")
+    archive(Path(config.place("events")), new_events())
+    with pytest.raises(RetrainRefusedError, match=rf"not published and {serving} stays: ndcg@10 [\d.]+, the serving version's [\d.]+"):
+        retrain(config, console())
+    assert registry(config).versions() == [serving]
+    # What was refused counts as new until a version has it.
+    assert retrain(config_of(at, TOLERANT), console()).new_events == 240
+
+
+def test_too_few_events_wait_for_more(at):
+    config = config_of(at)
+    archive(Path(config.place("events")), new_events(99))
+    done = retrain(config, console())
+    assert done.version is None
+    assert "99 new events" in done.sentence
+    assert "fewer than the 100 of retrain.min_events" in done.sentence
+
+
+def test_a_kill_while_publishing_takes_nothing(at, monkeypatch):
+    config = config_of(at, TOLERANT)
+    serving = registry(config).resolve("production")
+    archive(Path(config.place("events")), new_events())
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retraining.packing, "pack", killed)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(config, console())
+    assert registry(config).versions() == [serving]
+    monkeypatch.undo()
+    assert retrain(config, console()).new_events == 240
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("fine_rank.model.hidden=[8]", "fine_rank: the serving version's deepfm is configured otherwise"),
+        ("features.history.recent=2", "recent"),
+        ("features.item_id.dim=4", "item_id"),
+        ("recall.channels.popular=null", "this configuration by"),
+    ],
+)
+def test_where_more_than_ids_differ_it_fits_anew_and_says_why(at, setting, reason):
+    config = config_of(at, TOLERANT, setting)
+    archive(Path(config.place("events")), new_events())
+    told = console()
+    done = retrain(config, told)
+    assert not done.warm
+    assert "fitting anew" in (text := told.export_text())
+    assert reason in text
+    assert json.loads((registry(config).bundles / done.version / TAKEN).read_text())["warm"] is False
+
+
+def test_events_from_a_file_are_taken_like_those_of_the_workdir(at):
+    import pyarrow.parquet as pq
+
+    from recsys.data import event_files
+
+    config = config_of(at, TOLERANT)
+    archive(at / "elsewhere", new_events())
+    pq.write_table(event_files.read(str(at / "elsewhere")), at / "all.parquet")
+    done = retrain(config, console(), events=str(at / "all.parquet"))
+    assert done.new_events == 240
+    assert sum(taken_by(registry(config), done.version).values()) == 240
+
+
+def test_events_that_the_log_holds_already_are_not_new_to_anybody(at):
+    config = config_of(at, TOLERANT)
+    lines = (at / "log.csv").read_text().splitlines()[1:]
+    old = [Told(u, i, float(t)) for u, i, t, _ in (line.split(",") for line in lines[-150:])]
+    archive(Path(config.place("events")), [*old, *new_events()])
+    done = retrain(config, console())
+    assert done.promoted
+    held = registry(config)
+    funnel = Funnel.load(held.bundles / done.version)
+    counts = np.diff(funnel.past.indptr)
+    assert counts.sum() <= 600 + 240
+
+
+def test_nothing_serving_and_no_events_are_sentences(tmp_path):
+    write_data(tmp_path)
+    config = config_of(tmp_path)
+    with pytest.raises(BundleError, match="No version is production"):
+        retrain(config, console())
+
+
+def test_a_folder_without_events_is_a_sentence(at):
+    config = config_of(at)
+    with pytest.raises(DataError, match="does not exist"):
+        retrain(config, console())
+    (at / "empty").mkdir()
+    with pytest.raises(DataError, match="Is the ingestion running"):
+        retrain(config, console(), events=str(at / "empty"))
+    (at / "bad.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        retrain(config, console(), events=str(at / "bad.parquet"))
+
+
+def test_events_of_one_instant_cannot_be_cut(at):
+    config = config_of(at)
+    archive(Path(config.place("events")), [Told(f"u{n % 60}", f"i{n % 40}", LATER) for n in range(120)])
+    with pytest.raises(DataError, match="cannot be cut by time"):
+        retrain(config, console())

@@ -1,0 +1,94 @@
+"""Live events as rows of the log: units of time, labels, values, context, impressions, ids of any type, and what stands in the log already."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.data import event_files
+from recsys.data.events import load
+from recsys.data.sources import DataConfig
+from recsys.errors import DataError
+from tests.live_events import Told, archive
+
+
+def loaded(folder: Path, interactions: dict, told: list[Told], **data):
+    archive(folder / "events", told, partitions=3)
+    config = DataConfig.model_validate({"interactions": {**interactions, "live": "events"}, **data})
+    return load(config, folder, now=2e9)
+
+
+def rows(data):
+    log = data.interactions
+    return list(zip(log.users.outside(log.user), log.items.outside(log.item), log.time.tolist(), strict=True))
+
+
+def test_live_events_follow_the_log_in_order_of_time_and_known_ones_are_dropped(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts\n7,a,100\n8,b,300\n")
+    told = [Told("7", "b", 200.5), Told("8", "b", 300), Told("new", "c", 400)]
+    data = loaded(tmp_path, {"path": "log.csv", "time": "ts"}, told)
+    assert rows(data) == [("7", "a", 100.0), ("7", "b", 200.5), ("8", "b", 300.0), ("new", "c", 400.0)]
+    assert data.account.dropped["duplicate"] == 1
+
+
+@pytest.mark.parametrize(("unit", "first"), [("s", "100"), ("ms", "100000"), ("us", "100000000"), ("iso", "1970-01-01T00:01:40Z")])
+def test_times_are_in_the_logs_unit(tmp_path, unit, first):
+    (tmp_path / "log.csv").write_text(f"user_id,item_id,ts\nu,a,{first}\n")
+    data = loaded(tmp_path, {"path": "log.csv", "time": "ts", "time_unit": unit}, [Told("u", "b", 250.125)])
+    assert data.interactions.time.tolist() == [100.0, 250.125]
+
+
+def test_labels_of_a_value_read_it_and_others_go_by_the_event(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,stars,is_like\nu,a,1,5,0\n")
+    told = [Told("u", "b", 2, "rating", 4.0), Told("u", "c", 3, "rating", 2.0), Told("u", "d", 4, "like", 5.0)]
+    labels = {"good": {"column": "stars", "at_least": 4}, "like": {"column": "is_like"}}
+    data = loaded(tmp_path, {"path": "log.csv", "time": "ts", "value": "stars"}, told, labels=labels)
+    assert data.interactions.labels["good"].tolist() == [1, 1, 0, 1]
+    assert data.interactions.labels["like"].tolist() == [0, 0, 0, 1]
+    np.testing.assert_array_equal(data.interactions.value, [5, 4, 2, 5])
+
+
+def test_impressions_are_negatives_where_the_log_has_them_and_no_events_elsewhere(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,is_click\nu,a,1,1\n")
+    told = [Told("u", "b", 2, "impression"), Told("u", "c", 3, "click")]
+    plain = loaded(tmp_path, {"path": "log.csv", "time": "ts"}, told)
+    assert len(plain.interactions) == 2
+    config = DataConfig.model_validate(
+        {
+            "interactions": {"path": "log.csv", "time": "ts", "live": "events"},
+            "impressions": True,
+            "labels": {"click": {"column": "is_click"}},
+        }
+    )
+    both = load(config, tmp_path, now=2e9).interactions
+    assert both.positive.tolist() == [True, False, True]
+    assert [both.event_names[e] for e in both.event] == ["click", "impression", "click"]
+
+
+def test_declared_context_comes_from_the_events_context(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,tab_no,what\nu,a,1,3,click\n")
+    interactions = {
+        "path": "log.csv",
+        "time": "ts",
+        "event": {"column": "what"},
+        "context": {"tab": {"kind": "category", "column": "tab_no"}},
+    }
+    told = [Told("u", "b", 2, "buy", context={"tab": "7"}), Told("u", "c", 3, "click")]
+    log = loaded(tmp_path, interactions, told).interactions
+    assert [float(v) for v in log.context["tab"][:2]] == [3.0, 7.0]
+    assert [log.event_names[e] for e in log.event] == ["click", "buy", "click"]
+
+
+def test_a_log_without_time_cannot_go_on(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id\nu,a\n")
+    with pytest.raises(DataError, match=r"Declare interactions\.time"):
+        loaded(tmp_path, {"path": "log.csv"}, [Told("u", "b", 2)])
+
+
+def test_a_file_without_the_columns_is_named(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts\nu,a,1\n")
+    pq.write_table(event_files.SCHEMA.empty_table().drop_columns(["position"]), tmp_path / "some.parquet")
+    config = DataConfig.model_validate({"interactions": {"path": "log.csv", "time": "ts", "live": "some.parquet"}})
+    with pytest.raises(DataError, match="lacks the columns position of live events"):
+        load(config, tmp_path)
