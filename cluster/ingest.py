@@ -73,6 +73,7 @@ class Ingest:
         self.archiving = Archiving(self.held, self._logs[2])
         self._ending = asyncio.Event()
         self._warned: dict[str, float] = {}
+        self._evicted: int | None = None
 
     # ---- life -----------------------------------------------------------------------------------------------------------
 
@@ -196,7 +197,9 @@ class Ingest:
             pipe.zadd(members, {self.name: now + self.settings.lease_s})
             pipe.zremrangebyscore(members, "-inf", now)
             pipe.zcard(members)
-            *_, alive = await pipe.execute()
+            pipe.info("stats")
+            *_, alive, stats = await pipe.execute()
+        self._tell_of_evictions(int(stats.get("evicted_keys", 0)))
         kept = await self.held.store.renew({p: o.claim for p, o in owned.items()}, self.settings.lease_s)
         for p, ours in kept.items():
             if not ours:
@@ -211,6 +214,15 @@ class Ingest:
             if len(owned) >= share:
                 break
             await self._take(p)
+
+    def _tell_of_evictions(self, evicted: int) -> None:
+        if self._evicted is not None and evicted > self._evicted:
+            log.warning(
+                "The feature store is at its memory budget: it forgot %d histories or counters of users who were away for longest, and "
+                "never the log. Raise store.memory_mb (maxmemory of a Redis of your own), or lower store.user_ttl_h.",
+                evicted - self._evicted,
+            )
+        self._evicted = evicted
 
     async def _take(self, partition: int) -> None:
         claim = await self.held.store.claim(partition, self.name, self.settings.lease_s)

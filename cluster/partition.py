@@ -48,7 +48,7 @@ APPLY = """
 -- fields gone; then mark TTL s and the value of each mark. Answers the numbers of users that were known and are not there any more.
 local held = redis.call('HMGET', KEYS[1], 'epoch', 'at')
 if held[1] ~= ARGV[1] then return redis.error_reply('FENCED another owner has the partition') end
-if (held[2] or '') ~= ARGV[2] then return redis.error_reply('MOVED the partition is at ' .. (held[2] or 'its beginning')) end
+if (held[2] or '') ~= ARGV[2] then return redis.error_reply('AHEAD the partition is at ' .. (held[2] or 'its beginning')) end
 local a, lost = 10, {}
 redis.call('HSET', KEYS[1], 'at', ARGV[3], 'n', ARGV[4])
 redis.call('HINCRBY', KEYS[1], 'rows', ARGV[5])
@@ -85,7 +85,7 @@ if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return redis.error_reply
 local a, sources = 4, tonumber(ARGV[3])
 for i = 0, sources - 1 do
   local held = redis.call('HGET', KEYS[2], ARGV[a + 3 * i]) or ''
-  if held ~= ARGV[a + 3 * i + 1] then return redis.error_reply('MOVED source ' .. ARGV[a + 3 * i] .. ' is at ' .. held) end
+  if held ~= ARGV[a + 3 * i + 1] then return redis.error_reply('AHEAD source ' .. ARGV[a + 3 * i] .. ' is at ' .. held) end
 end
 for i = 0, sources - 1 do redis.call('HSET', KEYS[2], ARGV[a + 3 * i], ARGV[a + 3 * i + 2]) end
 a = a + 3 * sources
@@ -300,6 +300,6 @@ class PartitionStore:
 
 def _fenced(fault: Exception) -> Exception:
     text = str(fault)
-    if "FENCED" in text or "MOVED" in text:
+    if "FENCED" in text or "AHEAD" in text:
         return FencedError(f"A step was not applied ({text}).")
     return fault if isinstance(fault, faults.RedisError) else StoreError(text)

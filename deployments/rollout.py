@@ -61,6 +61,10 @@ class Rollout:
         names = list(self._held)
         return [n for n in (self.current,) if n in names] + [n for n in reversed(names) if n != self.current]
 
+    def funnels(self) -> list[Funnel]:
+        """Every version in memory."""
+        return list(self._held.values())
+
     # ---- watching -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:

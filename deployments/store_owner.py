@@ -18,9 +18,9 @@ START_S = 60.0
 class StoreOwner:
     """One replica. It takes over a server whose owner was killed, and ends the server when the application is deleted."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, max_memory_mb: int | None = None) -> None:
         check_single_node(sum(bool(node["Alive"]) for node in ray.nodes()))
-        self._server = EmbeddedValkey(folder, start_timeout_s=START_S)
+        self._server = EmbeddedValkey(folder, max_memory_mb=max_memory_mb, start_timeout_s=START_S)
         self._server.start()
         self._server.supervise()
 

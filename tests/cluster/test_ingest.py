@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
+import orjson
 import pytest
 
 from cluster.embedded import EmbeddedValkey
+from cluster.event_log import RedisLog
 from cluster.ingest import Ingest
+from cluster.ingest_status import dead_letters, status
+from cluster.redis_store import connected
+from cluster.snapshots import SnapshotReader
 from recsys.data import event_files
-from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, told
+from recsys.features.generate import Instant
+from recsys.features.packed import digest
+from recsys.features.store import to_record
+from tests.cluster.consumers import LONG_AGO, PLAN, batch_road, config_of, drained, held, load, same_values, some_events, told
 
 END = LONG_AGO / 1000 + 20_000.0
 USERS = [f"u{n}" for n in range(6)]
@@ -70,3 +79,253 @@ def test_duplicates_late_events_and_random_kills_change_nothing(url, tmp_path):
     assert asyncio.run(scenario()) >= 12
     table = event_files.read(str(tmp_path / "events"))
     assert sorted(table["event_id"].to_pylist()) == sorted(e.event_id for e in events), "each event is in Parquet exactly once"
+
+
+def test_an_older_owner_changes_nothing_once_another_has_the_partition(url, tmp_path):
+    config = config_of(tmp_path, partitions=1, lease_s=0.05)
+
+    async def scenario():
+        await told(config, url, some_events(30))
+        old, new = Ingest(config, url, load), Ingest(config, url, load)
+        await old.lead()
+        assert await old.count_users() == 7
+        await asyncio.sleep(0.1)  # the lease of the old one runs out while it does not know
+        await new.lead()
+        assert list(new.held.owned) == [0]
+        before = await old.held.store.heads([0])
+        old._take = lambda p: asyncio.sleep(0)  # it must not simply take the partition back
+        assert await old.count_users() == 0
+        assert await old.held.store.heads([0]) == before
+        assert old.held.owned == {}
+        await drained(new)
+        assert (await new.held.store.heads([0]))[0].rows == 30
+        await old.close()
+        await new.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_step_whose_answer_was_lost_is_not_applied_twice(url, tmp_path):
+    config = config_of(tmp_path, partitions=1)
+
+    async def scenario():
+        await told(config, url, some_events(7))
+        ingest = Ingest(config, url, load)
+        await ingest.lead()
+        apply = ingest.held.store.apply
+
+        async def lost(steps):
+            await apply(steps)
+            raise TimeoutError("the line went dead")
+
+        ingest.held.store.apply = lost
+        with pytest.raises(TimeoutError):
+            await ingest.count_users()
+        ingest.held.store.apply = apply
+        await drained(ingest)
+        await drained(ingest)
+        await ingest.archiving.all()
+        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END)
+        assert (await ingest.held.store.heads([0]))[0].rows == 7
+        await ingest.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_read_is_a_dead_letter_with_its_reason_and_stops_nobody(url, tmp_path):
+    config = config_of(tmp_path, partitions=1)
+    good = some_events(3)
+    future = good[0]._replace(time_ms=9_000_000_000_000, event_id="f")
+    poison = {
+        b"not json": "This is no record of an event",
+        orjson.dumps([2, "u", "i"]): "version 2",
+        orjson.dumps([1, "u"]): "This is no record of an event",
+        orjson.dumps([1, "", "i1", "click", 5, None, "e", None, {}]): "'user_id' is '', expected text that is not empty.",
+        orjson.dumps([1, "u1", 7, "click", 5, None, "e", None, {}]): "'item_id' is 7",
+        orjson.dumps([1, "u1", "i", "click", "now", None, "e", None, {}]): "'time_ms' is 'now'",
+        orjson.dumps([1, "u1", "i", "click", 5, "3", "e", None, {}]): "'value' is '3'",
+        orjson.dumps([1, "u1", "i", "click", 5, None, "e", None, [1]]): "'context' is [1]",
+        b"": "This is no record of an event",
+        to_record(future): "ahead of the clock that logged it",
+    }
+
+    async def scenario():
+        redis = connected(url)
+        await told(config, url, good[:1])
+        for record in poison:
+            await redis.xadd(f"{config.store.prefix}:{{0}}:log", {"e": record})
+        await told(config, url, good[1:])
+        ingest = Ingest(config, url, load)
+        await drained(ingest)
+        await ingest.archiving.all()
+        (head,) = await ingest.held.store.heads([0])
+        assert (head.rows, head.dead, head.n) == (3, len(poison), 3 + len(poison))
+        letters = await dead_letters(config, redis, 100)
+        assert {letter["record"].encode() for letter in letters} == set(poison)
+        for letter in letters:
+            assert poison[letter["record"].encode()] in letter["why"], letter
+        (said,) = await status(config, redis, RedisLog(redis, config.store.prefix))
+        assert (said.lag, said.items_lag, said.dead, said.parquet_rows) == (0, 0, len(poison), 3)
+        await ingest.close()
+        await redis.aclose()
+
+    asyncio.run(scenario())
+    table = event_files.read(str(tmp_path / "events"))
+    assert table["event_id"].to_pylist() == [e.event_id for e in good]
+    assert table["position"].to_pylist() == [0, len(poison) + 1, len(poison) + 2], "positions count dead letters too"
+
+
+def test_an_event_that_a_line_of_ours_cannot_take_is_buried_and_its_user_goes_on(url, tmp_path):
+    config = config_of(tmp_path, partitions=1)
+    events = some_events(9)
+
+    async def scenario():
+        await told(config, url, events)
+        ingest = Ingest(config, url, load)
+        add = ingest.held.counting.users.add
+
+        def broken(states, number, key, event):
+            if event.position == 4 and number == 2:
+                raise ZeroDivisionError("planted")
+            add(states, number, key, event)
+
+        ingest.held.counting.users.add = broken
+        await drained(ingest)
+        (head,) = await ingest.held.store.heads([0])
+        assert (head.rows, head.dead, head.n) == (8, 1, 9)
+        user = events[4].user_id
+        counted = (await held(config, url, USERS)).values(user, "i0", {}, Instant(END, 1 << 62))["n"]
+        assert counted == sum(e.user_id == user for e in events) - 1, "wholly or not at all"
+        await ingest.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_log_is_trimmed_only_behind_parquet_and_every_item_side(url, tmp_path):
+    config = config_of(tmp_path, partitions=2)
+    events = some_events(40)
+
+    async def scenario():
+        redis = connected(url)
+        await told(config, url, events)
+
+        async def entries():
+            return sum([await redis.xlen(f"{config.store.prefix}:{{{p}}}:log") for p in range(2)])
+
+        ingest = Ingest(config, url, load)
+        await ingest.lead()
+        while await ingest.count_users():
+            pass
+        await ingest.archiving.all()
+        assert await entries() == 40, "the item side has not read it"
+        await ingest.count_items()
+        await ingest.archiving.all()
+        assert await entries() == 0
+        more = some_events(3, 9)
+        await told(config, url, more)
+        await ingest.count_users()
+        await ingest.count_items()
+        assert await entries() == 3, "not in Parquet yet"
+        await ingest.archiving.all()
+        assert await entries() == 0
+        await ingest.close()
+        await redis.aclose()
+        return more
+
+    more = asyncio.run(scenario())
+    assert sorted(event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()) == sorted(e.event_id for e in events + more)
+
+
+def test_counters_that_the_store_had_to_forget_are_told_again_by_who_knows_them(url, tmp_path):
+    config = config_of(tmp_path, partitions=1)
+    events = some_events(40)
+
+    async def scenario():
+        redis = connected(url)
+        await told(config, url, events[:30])
+        ingest = Ingest(config, url, load)
+        await drained(ingest)
+        for part in [f"s:{u}" for u in USERS[:3]] + ["items"]:
+            assert await redis.delete(f"{config.store.prefix}:{{0}}:{part}") == 1  # what eviction does
+        await told(config, url, events[30:])
+        await drained(ingest)
+        await ingest.count_items()
+        await ingest.archiving.all()
+        await ingest.close()
+        await redis.aclose()
+        touched = {e.user_id for e in events[30:]}
+        batch = batch_road(event_files.read(str(tmp_path / "events")), at=END)
+        known = {key: values for key, values in batch.items() if key[0] in touched | set(USERS[3:])}
+        same_values(await held(config, url, USERS), known, at=END)
+
+    asyncio.run(scenario())
+
+
+def test_partitions_are_shared_and_a_killed_ones_are_taken_over(url, tmp_path):
+    config = config_of(tmp_path, partitions=4, lease_s=0.3)
+
+    async def scenario():
+        one, two = Ingest(config, url, load), Ingest(config, url, load)
+        await one.lead()
+        assert len(one.held.owned) == 4
+        await two.lead()
+        await one.lead()
+        await two.lead()
+        assert (len(one.held.owned), len(two.held.owned)) == (2, 2)
+        assert set(one.held.owned) | set(two.held.owned) == {0, 1, 2, 3}
+        await one.close()  # a kill: its leases stay
+        await asyncio.sleep(0.35)
+        await two.lead()
+        assert len(two.held.owned) == 4
+        await two.give_free()
+        three = Ingest(config, url, load)
+        await three.lead()
+        assert len(three.held.owned) == 4, "what was given free can be taken at once"
+        await two.close()
+        await three.close()
+
+    asyncio.run(scenario())
+
+
+def test_snapshots_give_rankers_the_values_of_the_item_side(url, tmp_path):
+    config = config_of(tmp_path, snapshot_every_s=0.01)
+
+    async def scenario():
+        await told(config, url, some_events(200))
+        ingest = Ingest(config, url, load)
+        await drained(ingest)
+        assert await ingest.publish() == 3
+        await ingest.close()
+        redis = connected(url)
+        reader = SnapshotReader(redis, config.store.prefix, 3)
+        assert await reader.read() == 3
+        assert await reader.read() == 0, "nothing newer"
+        await redis.aclose()
+        return reader.parts, await held(config, url, USERS)
+
+    parts, live = asyncio.run(scenario())
+    counts = {key: n for part in parts.values() for key, n in zip(*columns_of(part, 1), strict=True)}
+    by_hand = {f"i{i}": sum(e.item_id == f"i{i}" and e.event in ("click", "like") for e in some_events(200)) for i in range(5)}
+    assert counts.keys() == by_hand.keys()
+    assert sorted(counts, key=counts.get) == sorted(counts, key=lambda i: counts[i])
+    # every declared value of the item side, as the states say it at the snapshot's time
+    at = min(part.at for part in parts.values())
+    for number, group in enumerate(PLAN.groups):
+        if "user" in group.key:
+            continue
+        held_keys = {k for n, k in live.of_items if n == number}
+        shown = {
+            tuple(k.split("\0"))
+            for part in parts.values()
+            if digest(group) in part.tables
+            for k in part.tables[digest(group)]["key"].to_pylist()
+        }
+        assert shown == held_keys, group.key
+    assert abs(at - time.time()) < 60
+
+
+def columns_of(part, _width):
+    """(items, amounts) of what is trending."""
+    declared = {digest(g) for g in PLAN.groups}
+    (table,) = [t for mark, t in part.tables.items() if mark not in declared]
+    return table["key"].to_pylist(), table["0.0"].to_pylist()

@@ -1,0 +1,135 @@
+"""How ingestion is: lag by partition, dead letters, Parquet, and what users and items take in memory. Read by anybody, any time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis
+
+from cluster.event_log import EventLog
+from cluster.partition import PartitionStore
+from recsys.config import Config
+from recsys.data import event_files
+
+SAMPLED = 200
+"""Keys of each kind that sizes are measured on."""
+
+
+class PartitionStatus(NamedTuple):
+    """One partition. Lags count entries; `lag_s` is the age of the oldest one that users' counters lack."""
+
+    partition: int
+    owner: str
+    owned: bool
+    events: int
+    lag: int
+    lag_s: float
+    items_lag: int
+    dead: int
+    parquet_lag: int
+    parquet_rows: int
+    parquet_at: float | None
+
+
+async def status(config: Config, redis: Redis, log: EventLog) -> list[PartitionStatus]:
+    """Every partition. Faults are the client's own."""
+    P = config.store.partitions
+    store = PartitionStore(redis, config.store.prefix, ttl_s=1, mark_ttl_s=1, dead_letters=1)
+    heads, totals = await store.heads(range(P)), await log.totals(P)
+    now_ms = await server_ms(redis)
+    waiting = {h.partition: h.at for h in heads if totals[h.partition] > h.n}
+    oldest = await log.read(waiting, 1) if waiting else {}
+    written = await asyncio.to_thread(event_files.manifests, config.place("events"))
+    out = []
+    for head in heads:
+        p, manifest = head.partition, written.get(head.partition)
+        first = oldest.get(p) or []
+        counted = min((h.counted.get(p, 0) for h in heads), default=0)
+        out.append(
+            PartitionStatus(
+                p,
+                head.owner,
+                head.until_ms > now_ms,
+                totals[p],
+                max(0, totals[p] - head.n),
+                max(0.0, (now_ms - first[0].told_ms) / 1000) if first else 0.0,
+                max(0, totals[p] - counted),
+                head.dead,
+                max(0, totals[p] - (manifest.n if manifest else 0)),
+                sum(f.rows for f in manifest.files) if manifest else 0,
+                max((f.written for f in manifest.files), default=None) if manifest else None,
+            )
+        )
+    return out
+
+
+async def server_ms(redis: Redis) -> int:
+    """The server's clock."""
+    seconds, micros = await redis.time()
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def memory(redis: Redis) -> dict[str, Any]:
+    """What the server uses of its budget, and what it had to forget: only histories and counters can be evicted, never the log."""
+    used, stats = await redis.info("memory"), await redis.info("stats")
+    return {
+        "used_mb": round(used["used_memory"] / 2**20, 1),
+        "budget_mb": round(used["maxmemory"] / 2**20, 1) or None,
+        "policy": used["maxmemory_policy"],
+        "evicted_keys": int(stats["evicted_keys"]),
+    }
+
+
+def summary(partitions: list[PartitionStatus]) -> dict[str, Any]:
+    """All partitions together, as JSON shows them."""
+    written = [p.parquet_at for p in partitions if p.parquet_at is not None]
+    return {
+        "partitions": len(partitions),
+        "without_owner": [p.partition for p in partitions if not p.owned],
+        "events": sum(p.events for p in partitions),
+        "lag": sum(p.lag for p in partitions),
+        "lag_s": round(max((p.lag_s for p in partitions), default=0.0), 3),
+        "items_lag": max((p.items_lag for p in partitions), default=0),
+        "dead_letters": sum(p.dead for p in partitions),
+        "parquet_lag": sum(p.parquet_lag for p in partitions),
+        "parquet_rows": sum(p.parquet_rows for p in partitions),
+        "parquet_age_s": round(time.time() - max(written), 1) if written else None,
+        "lag_by_partition": {p.partition: p.lag for p in partitions},
+    }
+
+
+async def dead_letters(config: Config, redis: Redis, most: int) -> list[dict[str, Any]]:
+    """The newest dead letters of every partition: when, where in the log, why, and the record."""
+    found = []
+    for p in range(config.store.partitions):
+        for position, fields in await redis.xrevrange(f"{config.store.prefix}:{{{p}}}:dead", count=most):
+            found.append(
+                {
+                    "partition": p,
+                    "buried_ms": int(position.split(b"-")[0]),
+                    "position": fields[b"at"].decode(),
+                    "why": fields[b"why"].decode(),
+                    "record": fields[b"e"].decode("utf-8", "replace"),
+                }
+            )
+    return sorted(found, key=lambda letter: -int(str(letter["buried_ms"])))[:most]
+
+
+async def sizes(config: Config, redis: Redis) -> dict[str, float]:
+    """Mean bytes in the server, keys and their overhead included, of a history, a user's counters and an item-side key."""
+    found: dict[str, list[int]] = {"history": [], "user_counters": []}
+    prefix = config.store.prefix
+    for part, kind in (("h", "history"), ("s", "user_counters")):
+        async for key in redis.scan_iter(match=f"{prefix}:{{*}}:{part}:*", count=1_000):
+            found[kind].append(int(await redis.memory_usage(key, samples=0) or 0))
+            if len(found[kind]) >= SAMPLED:
+                break
+    out = {kind: sum(taken) / len(taken) if taken else 0.0 for kind, taken in found.items()}
+    keys = bytes_ = 0
+    for p in range(config.store.partitions):
+        name = f"{prefix}:{{{p}}}:items"
+        keys += int(await redis.hlen(name))
+        bytes_ += int(await redis.memory_usage(name, samples=0) or 0)
+    return out | {"item_key": bytes_ / keys if keys else 0.0}

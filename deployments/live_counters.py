@@ -1,0 +1,92 @@
+"""Item-side counters in this process: the consumers' snapshots are fetched in the background and put into every loaded version.
+
+A request never reads a counter: it takes the snapshot that its version holds, whole, whose age is reported (`state`). Where
+none was ever published, or the store is away, the bundle's own stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from redis import exceptions as faults
+
+from cluster.redis_store import connected
+from cluster.snapshots import SnapshotReader
+from deployments.resilience import Seldom
+from recsys.config import Config
+from recsys.errors import RayfunnelError, StoreError
+from recsys.features.snapshot import item_snapshot
+from recsys.features.states import ItemSnapshot, StateSource
+from recsys.funnel import Funnel
+
+log = logging.getLogger(__name__)
+_FAULTS = (faults.RedisError, OSError, TimeoutError, StoreError)
+
+
+class CountersFollower:
+    """A thread that keeps the item side of `funnels()` up to date. One per process that ranks."""
+
+    def __init__(self, config: Config, url: str, funnels: Callable[[], list[Funnel]], *, poll_s: float | None = None) -> None:
+        self._config, self._url, self._funnels = config, url, funnels
+        self._poll_s = poll_s or min(1.0, config.ingest.snapshot_every_s)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._applied: dict[str, tuple[int, ItemSnapshot]] = {}
+        self._round, self._at = 0, 0.0
+        self._seldom = Seldom()
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._follow()), name="item-counters", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End within a poll."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def state(self) -> dict[str, Any]:
+        """For /v1/version: how old the counters in use are; null where they are the bundle's."""
+        return {"staleness_s": round(time.time() - self._at, 1) if self._at else None, "versions": sorted(self._applied)}
+
+    async def _follow(self) -> None:
+        redis = connected(self._url, timeout_s=5.0)
+        reader = SnapshotReader(redis, self._config.store.prefix, self._config.store.partitions)
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._round += bool(await reader.read())
+                    self.apply(reader)
+                except _FAULTS as fault:
+                    self._seldom.warn("counters", "Item-side counters are stale.", fault)
+                except (RayfunnelError, ValueError, KeyError) as fault:
+                    self._seldom.warn("counters", "A snapshot of counters does not fit a loaded version.", fault)
+                await asyncio.sleep(self._poll_s)
+        finally:
+            await redis.aclose()
+
+    def apply(self, reader: SnapshotReader) -> None:
+        """Give every loaded version the newest parts, where it does not have them yet."""
+        if not reader.parts:
+            return
+        funnels = self._funnels()
+        for funnel in funnels:
+            source = funnel.live.source if funnel.live is not None else None
+            if not isinstance(source, StateSource):
+                continue
+            done = self._applied.get(funnel.version)
+            if done is not None and done[0] == self._round:
+                continue
+            own = done[1] if done is not None else source.snapshot  # the bundle's, for groups that no part holds
+            source.snapshot = item_snapshot(reader.parts, source.inputs, source.coder, own)
+            self._applied[funnel.version] = (self._round, own)
+        self._at = min(part.at for part in reader.parts.values())
+        loaded = {funnel.version for funnel in funnels}
+        self._applied = {version: done for version, done in self._applied.items() if version in loaded}

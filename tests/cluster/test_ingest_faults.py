@@ -1,0 +1,188 @@
+"""Ingestion while things die: the store killed under load, its memory budget reached, clocks that disagree."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+
+import pytest
+
+from cluster.embedded import EmbeddedValkey
+from cluster.ingest import Ingest
+from cluster.ingest_run import Consumers, IngestStatus
+from cluster.redis_store import RedisStore, connected
+from recsys.data import event_files
+from recsys.errors import RequestError, StoreUnavailableError
+from recsys.serve_config import LimitsConfig
+from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, until
+
+USERS = [f"u{n}" for n in range(6)]
+END = LONG_AGO / 1000 + 20_000.0
+
+
+def kill(server: EmbeddedValkey) -> None:
+    os.kill(int((server.folder / "valkey.pid").read_text()), signal.SIGKILL)
+    while server._answers():
+        time.sleep(0.01)
+
+
+def test_no_accepted_event_is_lost_or_counted_twice_while_the_store_is_killed_under_load(tmp_path):
+    config = config_of(tmp_path)
+    events = some_events(300)
+
+    async def scenario(server):
+        url = server.url
+        store = RedisStore(url, config.store, config.history)
+        ingest = Ingest(config, url, load)
+        run = asyncio.create_task(ingest.run())
+        refused = 0
+
+        async def tell():
+            nonlocal refused
+            for event in events:
+                while True:
+                    try:
+                        await store.append([event])
+                        break
+                    except StoreUnavailableError:  # what POST /v1/events answers 503 to; the client tries again
+                        refused += 1
+                        await asyncio.sleep(0.01)
+
+        telling = asyncio.create_task(tell())
+        for _ in range(2):
+            await asyncio.sleep(0.15)
+            await asyncio.to_thread(kill, server)
+            await asyncio.sleep(0.05)
+            await asyncio.to_thread(server.check)
+        await telling
+        told = IngestStatus(config, url)
+
+        async def caught_up():
+            said = await told.read()
+            return said["events"] == 300 and not (said["lag"] or said["items_lag"] or said["parquet_lag"])
+
+        await until(caught_up, patience_s=60)
+        ingest.stop()
+        await run
+        await told.close()
+        await store.close()
+        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END)
+        return refused
+
+    with EmbeddedValkey(tmp_path / "store") as server:
+        assert asyncio.run(scenario(server)) > 0, "the store was never away"
+    found = event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()
+    assert sorted(found) == sorted(e.event_id for e in events)
+
+
+def test_at_the_memory_budget_features_are_forgotten_and_the_log_never_and_it_says_so(tmp_path, caplog):
+    """16 MB: histories and counters make room; when the log alone fills it, events are refused with a sentence."""
+    config = config_of(tmp_path, partitions=2, keep_h=9.0)
+
+    async def scenario(url):
+        redis = connected(url)
+        store = RedisStore(url, config.store, config.history)
+        ingest = Ingest(config, url, load)
+        await ingest.lead()
+        accepted, said = 0, ""
+        for n in range(200):
+            many = [
+                e._replace(user_id=f"u{n}-{i}", event_id=f"{n}-{i}", context={"tab": "1", "pad": "x" * 300})
+                for i, e in enumerate(some_events(250, n))
+            ]
+            try:
+                accepted += (await store.append(many)).accepted
+                if n < 20:
+                    await ingest.count_users()
+            except StoreUnavailableError as fault:
+                said = str(fault)
+                break
+        logged = sum([await redis.xlen(f"{config.store.prefix}:{{{p}}}:log") for p in range(2)])
+        with caplog.at_level(logging.WARNING):
+            await ingest.lead()
+        told = IngestStatus(config, url)
+        memory = (await told.read())["memory"]
+        await told.close()
+        for one in (store, ingest):
+            await one.close()
+        await redis.aclose()
+        return accepted, said, logged, memory
+
+    with EmbeddedValkey(tmp_path / "store", max_memory_mb=16) as server:
+        accepted, said, logged, memory = asyncio.run(scenario(server.url))
+    assert "has reached its maxmemory, and the log is never evicted" in said
+    assert logged >= accepted > 5_000
+    assert memory["evicted_keys"] > 0
+    assert (memory["budget_mb"], memory["policy"]) == (16.0, "volatile-lru")
+    assert "never the log. Raise store.memory_mb" in caplog.text
+
+
+def test_clocks_that_disagree_a_little_are_taken_as_they_are_and_far_ones_are_refused_singly():
+    from deployments.schemas import event_of
+
+    limits, now = LimitsConfig(future_s=60), LONG_AGO / 1000
+    raw = {"user_id": "u", "item_id": "i", "event": "click"}
+    assert event_of(raw | {"time": LONG_AGO + 59_000}, limits, now).time_ms == LONG_AGO + 59_000
+    assert event_of(raw | {"time": LONG_AGO - 10**10}, limits, now).time_ms == LONG_AGO - 10**10, "late is late, not wrong"
+    with pytest.raises(RequestError, match="lies in the future"):
+        event_of(raw | {"time": LONG_AGO + 61_000}, limits, now)
+
+
+def test_an_event_ahead_of_the_clock_counts_at_its_time_and_spoils_nothing_behind_it(tmp_path):
+    config = config_of(tmp_path, partitions=1)
+    now = int(1000 * time.time())
+    events = [e._replace(time_ms=now - 100_000 + 1_000 * i, event_id=str(i)) for i, e in enumerate(some_events(40))]
+    events[3] = events[3]._replace(time_ms=now + 299_000)  # its sender's clock is five minutes ahead
+
+    async def scenario(url):
+        store = RedisStore(url, config.store, config.history)
+        await store.append(events)
+        ingest = Ingest(config, url, load)
+        await drained(ingest)
+        await ingest.archiving.all()
+        await ingest.close()
+        await store.close()
+        at = now / 1000 + 400
+        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=at), at=at)
+
+    with EmbeddedValkey(tmp_path / "store") as server:
+        asyncio.run(scenario(server.url))
+
+
+@pytest.mark.ray
+def test_an_actor_that_is_killed_goes_on_where_it_was(ray_cluster, tmp_path):
+    import ray
+
+    config = config_of(tmp_path, lease_s=1.0)
+    events = some_events(200)
+
+    async def tell(url, some):
+        store = RedisStore(url, config.store, config.history)
+        await store.append(some)
+        await store.close()
+
+    async def caught_up(url, n):
+        told = IngestStatus(config, url)
+
+        async def done():
+            said = await told.read()
+            return said["events"] == n and not (said["lag"] or said["parquet_lag"])
+
+        await until(done, patience_s=120)
+        await told.close()
+
+    with EmbeddedValkey(tmp_path / "store") as server:
+        actor = ray.remote(Consumers).options(max_restarts=-1, max_task_retries=-1, num_cpus=0).remote(config, server.url)
+        first = ray.get(actor.check.remote())["name"]
+        asyncio.run(tell(server.url, events[:100]))
+        ray.kill(actor, no_restart=False)
+        asyncio.run(tell(server.url, events[50:]))
+        assert ray.get(actor.check.remote(), timeout=60)["name"] != first
+        asyncio.run(caught_up(server.url, 200))
+        ray.get(actor.stop.remote())
+        ray.kill(actor)
+    found = event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()
+    assert sorted(found) == sorted(e.event_id for e in events)

@@ -1,0 +1,100 @@
+"""The event log on Kafka, on librdkafka's own mock broker: the store's contract, and consumers that count each event once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from cluster.embedded import EmbeddedValkey
+from cluster.ingest import Ingest
+from cluster.ingest_status import status
+from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
+from cluster.redis_store import connected
+from recsys.data import event_files
+from recsys.errors import ConfigError
+from recsys.ingest_config import KafkaLogConfig
+from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, until
+
+admin = pytest.importorskip("confluent_kafka.admin", reason="optional: pip install confluent-kafka")
+PARTITIONS = 4
+"""What the mock broker gives every topic."""
+END = LONG_AGO / 1000 + 20_000.0
+_topics = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def broker():
+    """host:port of a broker inside this process."""
+    cluster = admin.AdminClient({"test.mock.num.brokers": "1", "log_level": 0})
+    (found,) = cluster.list_topics(timeout=10).brokers.values()
+    yield f"{found.host}:{found.port}"
+    del cluster
+
+
+def topic(broker: str) -> KafkaLogConfig:
+    """A topic of its own; the mock broker makes what is asked for, but cannot be told to."""
+    name = f"events{next(_topics)}"
+    admin.AdminClient({"bootstrap.servers": broker}).list_topics(name, timeout=10)
+    return KafkaLogConfig(servers=broker, topic=name)
+
+
+def test_events_told_again_and_consumers_that_die_change_nothing(broker, url, tmp_path):
+    config = config_of(tmp_path, partitions=PARTITIONS, lease_s=0.2)
+    log = topic(broker)
+    events = some_events(120)
+
+    async def scenario():
+        store = KafkaStore(url, log, config.store, config.history)
+        assert await store.append(events[:50]) == (50, 0)
+        assert await store.append(events[40:80]) == (30, 10), "what is known is not produced again"
+        redis = connected(url)
+        for key in [key async for key in redis.scan_iter(match=f"{config.store.prefix}:{{*}}:e:*")]:
+            await redis.delete(key)  # as if the answer of the store had been lost
+        assert await store.append(events[60:]) == (60, 0), "20 of them stand in the topic twice now"
+        ingests = [Ingest(config, url, load, log_of=lambda _: KafkaLog(log, PARTITIONS, patience_ms=500)) for _ in range(2)]
+        await ingests[0].lead()
+        for _ in range(3):
+            await ingests[0].count_users()
+        await ingests[0].count_items()
+        await ingests[0].archiving.all()
+        await ingests[0].close()  # a kill
+        await asyncio.sleep(0.25)
+        reader = KafkaLog(log, PARTITIONS)
+
+        async def caught_up():
+            await drained(ingests[1])
+            await ingests[1].archiving.all()
+            said = await status(config, redis, reader)
+            return (sum(s.events for s in said), sum(s.lag for s in said), sum(s.parquet_lag for s in said)) == (140, 0, 0)
+
+        await until(caught_up, patience_s=60)
+        await ingests[1].count_items()
+        assert sum(s.parquet_rows for s in await status(config, redis, reader)) == 120
+        await reader.close()
+        same_values(
+            await held(config, url, [f"u{n}" for n in range(6)]), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END
+        )
+        (state,) = await store.read(["u1"], timeout_s=5.0)
+        assert [e.event_id for e in state.events] == [e.event_id for e in events if e.user_id == "u1" and e.event != "view"][-50:]
+        await ingests[1].close()
+        await store.close()
+        await redis.aclose()
+
+    asyncio.run(scenario())
+    found = event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()
+    assert sorted(found) == sorted(e.event_id for e in events)
+
+
+def test_a_topic_of_another_size_is_refused(broker):
+    log = topic(broker)
+    with pytest.raises(ConfigError, match=r"has 4 partitions, store.partitions says 7\. Name another topic, or set store.partitions: 4\."):
+        ensure_topic(log, PARTITIONS)
+        ensure_topic(log, 7)
