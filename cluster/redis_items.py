@@ -5,6 +5,7 @@ Keys, all in one hash slot; none expires, for nothing could rebuild them:
     rf:{items}:order     sorted set, item id -> position of its newest change: what lies behind a position is one range
     rf:{items}:changes   how many changes there were; the newest position
     rf:{items}:epoch     names this log: another one, or an emptied one, has another
+    rf:{items}:shown     hash, item id -> how often it was shown since it was told of
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -57,6 +58,7 @@ class RedisItemLog:
         config = config or StoreConfig()
         self.shown_url, self._timeout_s = redacted(url), timeout_s or config.append_timeout_ms / 1000.0
         self._keys = [f"{config.prefix}:{{items}}:{part}" for part in ("held", "order", "changes", "epoch")]
+        self._shown_key = f"{config.prefix}:{{items}}:shown"
         password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
         try:
             self._redis = redis.Redis.from_url(url, protocol=2, socket_timeout=self._timeout_s, socket_connect_timeout=1.0, **password)
@@ -130,6 +132,22 @@ class RedisItemLog:
                 # A log shorter than what was read of it is another log, whatever it is called.
                 name = (name or b"").decode() if int(newest or 0) >= position else uuid.uuid4().hex
                 return Changes(name, position, list(records.values()))
+
+    def show(self, counts: Mapping[str, int]) -> None:
+        """See ItemLog."""
+
+        def add() -> None:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for item_id, n in counts.items():
+                    pipe.hincrby(self._shown_key, item_id, n)
+                pipe.execute()
+
+        self._answered(add)
+
+    def shown(self) -> dict[str, int]:
+        """See ItemLog."""
+        held: Any = self._answered(lambda: self._redis.hgetall(self._shown_key))
+        return {item_id.decode(): int(n) for item_id, n in held.items()}
 
     def close(self) -> None:
         """See ItemLog."""

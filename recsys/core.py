@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from recsys.allowed import Allowed, Filter
+from recsys.allowed import Allowed, Condition, Filter
 
 UNKNOWN = -1
 """The row of an id that a vocabulary does not know, and of an empty slot."""
@@ -125,6 +125,15 @@ def load_arrow(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
+class Wishes(NamedTuple):
+    """What one request asks of its page (see rerank.rules). pins: (item row, place from 1); unwanted: rows the user does not want."""
+
+    diversity: float | None = None
+    boosts: tuple[tuple[Condition, float], ...] = ()
+    pins: tuple[tuple[int, int], ...] = ()
+    unwanted: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class Query:
     """One request, before it joins a batch. Rows are those of the bundle that will answer it.
@@ -146,6 +155,7 @@ class Query:
     filter: Filter | None = None
     state: bytes = b""
     """What the store holds of the user's aggregates."""
+    wishes: Wishes | None = None
 
 
 @dataclass(slots=True)
@@ -176,6 +186,7 @@ class Queries:
     allowed: Allowed | None = field(default=None, repr=False, compare=False)
     states: tuple[bytes, ...] = field(default=(), repr=False)
     positions: np.ndarray | None = None
+    wishes: tuple[Wishes | None, ...] | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -214,6 +225,7 @@ class Queries:
             explain=any(q.explain for q in queries),
             states=tuple(q.state for q in queries) if any(q.state for q in queries) else (),
             filters=tuple(q.filter for q in queries) if any(q.filter for q in queries) else None,
+            wishes=tuple(q.wishes for q in queries) if any(q.wishes for q in queries) else None,
         )
 
     def bar(self, scores: np.ndarray, value: float = -np.inf) -> None:
@@ -241,6 +253,7 @@ class Queries:
             positions=None if self.positions is None else self.positions[at],
             filters=None if self.filters is None else tuple(self.filters[i] for i in at),
             allowed=None if self.allowed is None else self.allowed[at],
+            wishes=None if self.wishes is None else tuple(self.wishes[i] for i in at),
             memo={},
         )
 

@@ -12,6 +12,7 @@ import math
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -62,6 +63,14 @@ class ItemLog(Protocol):
         """What changed behind a position; 0 for everything."""
         ...
 
+    def show(self, counts: Mapping[str, int]) -> None:
+        """Items were shown so many times more. May be forgotten where the store ends abruptly: a start, not a bill."""
+        ...
+
+    def shown(self) -> dict[str, int]:
+        """How often each item that `show` told of was shown."""
+        ...
+
     def close(self) -> None:
         """Release connections."""
         ...
@@ -99,6 +108,7 @@ class MemoryItemLog:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._epoch, self._position = clock, uuid.uuid4().hex, 0
         self._held: dict[str, tuple[int, ItemRecord]] = {}
+        self._shown: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def change(self, changes: Sequence[ItemChange]) -> int:
@@ -117,6 +127,16 @@ class MemoryItemLog:
         with self._lock:
             found = sorted((at, record) for at, record in self._held.values() if at > position)
             return Changes(self._epoch, self._position, [record for _, record in found])
+
+    def show(self, counts: Mapping[str, int]) -> None:
+        """See ItemLog."""
+        with self._lock:
+            self._shown.update(counts)
+
+    def shown(self) -> dict[str, int]:
+        """See ItemLog."""
+        with self._lock:
+            return dict(self._shown)
 
     def close(self) -> None:
         """See ItemLog."""

@@ -73,29 +73,37 @@ class MMR:
         """At most k of the candidates, in page order; `scores` stay the fine scores."""
         return self.rerank_with_reasons(candidates, k)[0]
 
-    def rerank_with_reasons(self, candidates: Candidates, k: int) -> tuple[Candidates, np.ndarray]:
-        """The page, and (B, k) int8 codes into REASONS of what became of each of its items."""
+    def rerank_with_reasons(
+        self, candidates: Candidates, k: int, *, worth: np.ndarray | None = None, lambdas: np.ndarray | None = None
+    ) -> tuple[Candidates, np.ndarray]:
+        """The page, and (B, k) int8 codes into REASONS of what became of each of its items.
+
+        worth (B, N), best first, stands for the scores in the balance; lambdas (B,) for the configured weight of relevance.
+        """
+        worth = candidates.scores if worth is None else worth
+        lambdas = np.full(len(candidates), self.config.lambda_) if lambdas is None else lambdas
         k = min(k, candidates.width)
         B = len(candidates)
-        if self.config.type == "none" or not k or not B:
+        if not k or not B or (self.config.type == "none" and (lambdas == self.config.lambda_).all()):
             order, reasons = np.broadcast_to(np.arange(k), (B, k)), np.zeros((B, k), np.int8)
         else:
             pool = min(max(self.config.pool, k), candidates.width)
             step = max(1, BLOCK // pool**2)
             parts = [
-                self._fill(candidates.items[b : b + step, :pool], candidates.scores[b : b + step, :pool], k) for b in range(0, B, step)
+                self._fill(candidates.items[b : b + step, :pool], worth[b : b + step, :pool], k, lambdas[b : b + step])
+                for b in range(0, B, step)
             ]
             order, reasons = np.concatenate([o for o, _ in parts]), np.concatenate([r for _, r in parts])
         return candidates.reordered(order, np.take_along_axis(candidates.scores, order, 1), stage="rerank"), reasons
 
-    def _fill(self, items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(B, P) items, best first, and scores -> the k slots of the page and why, (B, k) each."""
+    def _fill(self, items: np.ndarray, scores: np.ndarray, k: int, lambdas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, P) items, best first, and scores, (B,) weights of relevance -> the k slots of the page and why, (B, k) each."""
         B, P = items.shape
         rows, places = np.arange(B), np.arange(k)
         free = items != UNKNOWN
         empty_slot = free.argmin(1)  # where a list that has ended points to
-        worth = np.where(free, np.float32(self.config.lambda_) * _scaled(scores, free), np.float32(-np.inf))  # (B, P)
-        alike = self._similarity(items)  # (B, P, P), or None
+        worth = np.where(free, lambdas.astype(np.float32)[:, None] * _scaled(scores, free), np.float32(-np.inf))  # (B, P)
+        alike = self._similarity(items, lambdas)  # (B, P, P), or None
         if alike is None and not self.columns:
             return np.broadcast_to(places, (B, k)), np.zeros((B, k), np.int8)
         nearest = np.zeros((B, P), np.float32)  # similarity to the most similar item on the page
@@ -120,9 +128,9 @@ class MMR:
         reasons = np.where(np.take_along_axis(free, order, 1), np.where(relaxed, RELAXED, moved), KEPT)
         return order, reasons.astype(np.int8)
 
-    def _similarity(self, items: np.ndarray) -> np.ndarray | None:
+    def _similarity(self, items: np.ndarray, lambdas: np.ndarray) -> np.ndarray | None:
         """(B, P, P) of (1 - lambda) * (1 + cosine) / 2; 0 where one has no vector. None where nothing has, or nobody asks."""
-        if self.vectors is None or self.config.lambda_ == 1:
+        if self.vectors is None or (lambdas == 1).all():
             return None
         vectors = self.vectors[np.maximum(items, 0)].astype(np.float32)  # (B, P, d)
         norm = np.sqrt(np.einsum("bpd,bpd->bp", vectors, vectors))
@@ -130,7 +138,7 @@ class MMR:
         vectors /= np.where(known, norm, 1)[:, :, None]
         cosine = vectors @ vectors.transpose(0, 2, 1)
         cosine += 1
-        cosine *= np.float32((1 - self.config.lambda_) / 2)
+        cosine *= ((1 - lambdas) / 2).astype(np.float32)[:, None, None]
         if not known.all():
             cosine *= known[:, :, None] & known[:, None, :]
         similarity: np.ndarray = cosine

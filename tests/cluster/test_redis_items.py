@@ -73,6 +73,12 @@ class ItemLogContract:
         assert sorted(r.number for r in records) == list(range(n))
         assert all(r.columns == {"x": int(r.item_id[1:])} for r in records)
 
+    def test_exposures_add_up(self, log: ItemLog) -> None:
+        assert log.shown() == {}
+        log.show({"a": 2, "b": 1})
+        log.show({"a": 3})
+        assert log.shown() == {"a": 5, "b": 1}
+
     def test_what_json_cannot_hold_is_refused(self, log: ItemLog) -> None:
         with pytest.raises(StoreError, match="Item 'a' cannot be written as JSON"):
             log.change([ItemChange("a", {"x": object()})])
