@@ -78,6 +78,10 @@ features_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at the
 app.add_typer(data_app, name="data", rich_help_panel=DATA)
 app.add_typer(features_app, name="features", rich_help_panel=DATA)
 app.add_typer(config_app, name="config", rich_help_panel=CONFIG)
+items_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Bring new, changed and deleted items to a running service.")
+users_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Bring what is known of users to a running service.")
+app.add_typer(items_app, name="items", rich_help_panel=DATA)
+app.add_typer(users_app, name="users", rich_help_panel=DATA)
 
 
 @app.callback()
@@ -171,6 +175,54 @@ def prepare(config: ConfigFiles, settings: Settings = None) -> None:
     from cluster import pipeline
 
     pipeline.prepare(load(config, settings), out)
+
+
+RowsFile = Annotated[Path, typer.Argument(metavar="FILE", help="csv, Parquet or JSON lines (.jsonl), with the declared columns.")]
+IdsFile = Annotated[Path, typer.Argument(metavar="FILE", help="One id a line (.txt), or a table that has the ids.")]
+
+
+@items_app.command("upsert")
+def items_upsert(file: RowsFile, config: ConfigFiles, settings: Settings = None) -> None:
+    """New and changed items: recommended within a second. A column that the file lacks keeps its values; an empty cell has none.
+
+    Example: rayfunnel items upsert -c mine.yaml new_items.csv
+    """
+    from cluster import catalogue
+
+    catalogue.upsert(load(config, settings), "items", file, out)
+
+
+@items_app.command("delete")
+def items_delete(file: IdsFile, config: ConfigFiles, settings: Settings = None) -> None:
+    """Items that must never be shown again.
+
+    Example: rayfunnel items delete -c mine.yaml sold_out.txt
+    """
+    from cluster import catalogue
+
+    catalogue.delete(load(config, settings), "items", file, out)
+
+
+@users_app.command("upsert")
+def users_upsert(file: RowsFile, config: ConfigFiles, settings: Settings = None) -> None:
+    """What is known of users: counts from their next request on. A column that the file lacks keeps its values.
+
+    Example: rayfunnel users upsert -c mine.yaml users.csv
+    """
+    from cluster import catalogue
+
+    catalogue.upsert(load(config, settings), "users", file, out)
+
+
+@users_app.command("delete")
+def users_delete(file: IdsFile, config: ConfigFiles, settings: Settings = None) -> None:
+    """Profiles to forget.
+
+    Example: rayfunnel users delete -c mine.yaml left.txt
+    """
+    from cluster import catalogue
+
+    catalogue.delete(load(config, settings), "users", file, out)
 
 
 # Model.

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from deployments.resilience import Seldom
-from deployments.schemas import Accepted, EventBody, FaultAnswer, Page, RankBody, RecommendBody
+from deployments.schemas import Accepted, EventBody, FaultAnswer, ItemBody, Kept, Page, RankBody, RecommendBody, UserBody
 from deployments.service import Service
 from recsys.errors import RayfunnelError, RequestError, StoreUnavailableError
 
@@ -177,6 +177,8 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
     post("/v1/rank", RankBody, Page, 200, "Given items, ranked for a user")
     post("/v1/events", EventBody | list[EventBody], Accepted, 202, "What users did; taken when it is on disk")
 
+    _catalogue(api, service)
+
     @api.get("/v1/items/{item_id:path}/similar", responses={404: {"model": FaultAnswer}}, summary="An item's neighbours")
     async def similar(item_id: str, request: Request, k: int = 10) -> Response:
         request_id = _request_id(request.scope)
@@ -213,6 +215,49 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 
     _one_shape_of_errors(api)
     return api
+
+
+def _catalogue(api: FastAPI, service: Service) -> None:
+    """PUT and DELETE of items and users: bodies are read by the service, which checks them against the declared columns."""
+
+    def route(method: str, path: str, body: Any, work: Callable[[bytes], Awaitable[bytes]], summary: str) -> None:
+        async def kept(request: Request) -> Response:
+            request_id = _request_id(request.scope)
+
+            async def handler(raw: bytes, request_id: str) -> Reply:  # noqa: ARG001  one shape for all handlers
+                return Reply(200, await work(raw))
+
+            try:
+                raw = await read_body(request.scope, request.receive, service.config.limits.body_bytes)
+            except RequestError as error:
+                return _response(refused(error, request_id), request_id)
+            return _response(await answered(handler, raw, request_id), request_id)
+
+        codes: dict[int | str, dict[str, Any]] = {c: {"model": FaultAnswer} for c in (400, 413, 422, 503)}
+        schema = TypeAdapter(body | list[body]).json_schema(ref_template="#/components/schemas/{model}")
+        extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": _flat(schema)}}}}
+        api.add_api_route(
+            path, kept, methods=[method], response_model=Kept, responses=codes, openapi_extra=extra, summary=summary, operation_id=f"{method}{path}"
+        )
+
+    changes = service.catalogue
+    route("PUT", "/v1/items", ItemBody, changes.put_items, "New or changed items; can be recommended within a second")
+    route("DELETE", "/v1/items", str | ItemBody, changes.delete_items, "Items that must not be shown again: ids, or objects with an item_id")
+    route("PUT", "/v1/users", UserBody, changes.put_users, "What is known of users, from the next request on")
+    route("DELETE", "/v1/users", str | UserBody, changes.delete_users, "Profiles to forget: ids, or objects with a user_id")
+
+    def one(path: str, work: Callable[[bytes], Awaitable[bytes]], summary: str) -> None:
+        async def deleted(one_id: str, request: Request) -> Response:
+            async def handler(*_: object) -> Reply:
+                return Reply(200, await work(orjson.dumps(one_id)))
+
+            request_id = _request_id(request.scope)
+            return _response(await answered(handler, b"", request_id), request_id)
+
+        api.add_api_route(path, deleted, methods=["DELETE"], response_model=Kept, responses={422: {"model": FaultAnswer}}, summary=summary)
+
+    one("/v1/items/{one_id:path}", changes.delete_items, "An item that must not be shown again")
+    one("/v1/users/{one_id:path}", changes.delete_users, "A profile to forget")
 
 
 def _one_shape_of_errors(api: FastAPI) -> None:

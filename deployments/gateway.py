@@ -9,10 +9,12 @@ from collections.abc import Awaitable, Mapping
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.redis_items import RedisItemLog
 from cluster.redis_store import RedisStore
 from cluster.registry import open_registry
 from deployments.edge import Edge
 from deployments.ladder import StageCall
+from deployments.live_items import ItemsFollower
 from deployments.monitoring import ServeMonitor
 from deployments.resilience import Preferred
 from deployments.rollout import Rollout, loader
@@ -94,9 +96,12 @@ class Gateway:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._config, self._owner, self._handles = config, store, Handles(handles)
         here = tuple(name for name in STAGES if name not in handles)
+        items = RedisItemLog(url_of(config), config.store)
+        follower = ItemsFollower(items, poll_s=config.serve.items_poll_s)
+        follower.start()
         self._rollout = Rollout(
             open_registry(config.place("registry")),
-            loader(*here),
+            follower.loading(loader(*here)),
             poll_s=config.serve.registry_poll_s,
             ready=self._why_not if handles else None,
         )
@@ -111,6 +116,8 @@ class Gateway:
             similar_users_elsewhere=self._handles.similar_users if "recall" in handles else None,
             monitor=ServeMonitor(),
             why_not=self._handles.why_not if handles else None,
+            items=items,
+            follower=follower,
         )
 
     def __serve_build_asgi_app__(self) -> Edge:

@@ -57,6 +57,24 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
+class BoostBody(Body):
+    """One boost of a request."""
+
+    filter: dict[str, Any] = Field(min_length=1, max_length=1, examples=[{"genres": ["Comedy"]}])
+    """Which items, by one column, as in the request's own filter."""
+    factor: float = Field(gt=0, le=1_000)
+    """What their score is multiplied with: 2 doubles it, 0.5 halves it."""
+
+
+class PinBody(Body):
+    """One pin of a request."""
+
+    item_id: Id
+    """The item."""
+    place: int = Field(ge=1, strict=True)
+    """1 is the first of the page."""
+
+
 class RecommendBody(Body):
     """POST /v1/recommend."""
 
@@ -73,8 +91,14 @@ class RecommendBody(Body):
     filter: dict[str, Any] = Field(default_factory=dict, examples=[{"genres": ["Comedy", "Drama"], "price": {"min": 5, "max": 20}}])
     """What items must hold, by item column: a value or a list (at least one of them), or an object with any, all, none and, for
     numbers, min and max. All columns must hold. An undeclared column is refused; a value that no item has lets nothing pass."""
+    diversity: float | None = Field(default=None, ge=0, le=1)
+    """0 keeps the order of relevance, 1 only avoids items that are alike; as configured if absent."""
+    boosts: list[BoostBody] = Field(default_factory=list, max_length=16)
+    """Items whose scores are multiplied, to move them up or down."""
+    pins: list[PinBody] = Field(default_factory=list, max_length=50)
+    """Items at fixed places, if they may be shown to this user; before the pins of the configuration."""
     explain: bool = False
-    """Add each item's rank and score at every stage."""
+    """Add each item's rank and score at every stage, which rule moved it, and with what probability it stands where it does."""
     request_id: Id | None = None
     """Echoed in the answer; made up if absent."""
     timeout_ms: float | None = Field(default=None, gt=0)
@@ -121,6 +145,26 @@ class EventBody(Body):
     """Anything else worth keeping in the log."""
 
 
+class ItemBody(Body):
+    """One item of PUT /v1/items, which takes one or a list."""
+
+    item_id: Id
+    """The item, known or not."""
+    columns: dict[str, Any] = Field(default_factory=dict, examples=[{"price": 9.5, "genres": ["Comedy", "Drama"]}])
+    """Values of declared item columns. One that is left out keeps its value; null takes it away."""
+    title: Annotated[str, Field(max_length=1_000)] | None = None
+    """What answers show beside the id."""
+
+
+class UserBody(Body):
+    """One user of PUT /v1/users, which takes one or a list."""
+
+    user_id: Id
+    """The user, known or not."""
+    columns: dict[str, Any] = Field(default_factory=dict)
+    """Values of declared user columns. One that is left out keeps its value; null takes it away."""
+
+
 class Item(BaseModel):
     """One item of a page."""
 
@@ -158,6 +202,14 @@ class Rejected(BaseModel):
     message: str
 
 
+class Kept(BaseModel):
+    """The answer of PUT and DELETE of items and users; what it counts as accepted is on disk."""
+
+    accepted: int
+    rejected: list[Rejected]
+    position: int | None = None
+
+
 class Accepted(BaseModel):
     """The answer of /v1/events; what it counts as accepted is on disk."""
 
@@ -183,6 +235,8 @@ class FaultAnswer(BaseModel):
 
 RECOMMEND = TypeAdapter(RecommendBody)
 RANK = TypeAdapter(RankBody)
+ITEM = TypeAdapter(ItemBody)
+USER = TypeAdapter(UserBody)
 EVENT = TypeAdapter(EventBody)
 
 

@@ -15,13 +15,16 @@ from typing import Any, Protocol
 import orjson
 
 from deployments.batching import MicroBatcher
+from deployments.catalogue import CatalogueWrites
 from deployments.ladder import Answer, Ladder, Row, StageCall
+from deployments.live_items import ItemsFollower
 from deployments.monitoring import Monitor
 from deployments.resilience import Deadline, Degraded, called_twice, reason_of
 from deployments.rollout import Rollout
 from deployments.schemas import EXCLUDE, RANK, RECOMMEND, RankBody, RecommendBody, check_id, check_ids, check_k, event_of, parsed, unix_now
 from recsys.core import Candidates, Queries
 from recsys.errors import RequestError, StoreError, VersionAbsentError
+from recsys.features.live_items import ItemLog, MemoryItemLog
 from recsys.features.store import FeatureStore, NewEvent, UserState
 from recsys.funnel import Funnel, FunnelRequest, PageItem
 from recsys.serve_config import ServeConfig
@@ -67,8 +70,12 @@ class Service:
         similar_users_elsewhere: SimilarUsersCall | None = None,
         monitor: Monitor | None = None,
         why_not: Callable[[str], Awaitable[str | None]] | None = None,
+        items: ItemLog | None = None,
+        follower: ItemsFollower | None = None,
     ) -> None:
         self.config, self.rollout, self.store = config, rollout, store
+        self.catalogue = CatalogueWrites(rollout, store, items or MemoryItemLog(), config.limits)
+        self._follower = follower
         self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
         self._similar_users_elsewhere = similar_users_elsewhere
         self._monitor, self._why_not = monitor or Monitor(), why_not
@@ -105,8 +112,13 @@ class Service:
             exclude=body.exclude,
             explain=body.explain,
             filter=funnel.filters.parse(body.filter) if body.filter else None,
+            diversity=body.diversity,
+            boosts=[(one, b.factor) for b in body.boosts for one in funnel.filters.parse(b.filter) or ()],
+            pins=[(p.item_id, p.place) for p in body.pins],
         )
         answer = await self._answered(funnel, request, self._deadline(body.timeout_ms))
+        if self._follower is not None:
+            self._follower.note(item.item_id for item in answer.items)
         self._monitor.request("recommend", time.perf_counter() - started)
         return _shown(answer, body.request_id or request_id, started)
 
@@ -171,7 +183,7 @@ class Service:
             timings["fine_rank"] = 1000 * (time.perf_counter() - begun)
             return Answer(items, version, degraded, timings)
         funnel = self.rollout.funnel()
-        known = [i for i in dict.fromkeys(item_ids) if funnel.items.row(i) >= 0]
+        known = [i for i in dict.fromkeys(item_ids) if funnel.shows(funnel.items.row(i))]
         given = [PageItem(i, 0.0, [], None, None) for i in known]
         return Answer(given, funnel.version, (*degraded, Degraded("fine_rank", "recall_order", reason_of(error))), timings)
 
@@ -191,7 +203,7 @@ class Service:
         check_id("item_id", item_id, self.config.limits)
         check_k(k, self.config.limits)
         funnel, deadline = self.rollout.funnel(), self._deadline(None)
-        if funnel.items.row(item_id) < 0:
+        if not funnel.shows(funnel.items.row(item_id)):
             raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {funnel.version}.", field="item_id", status=404)
         elsewhere = self._similar_elsewhere
         try:
@@ -292,7 +304,7 @@ class Service:
             "refused": rollout.refused,
             "topology": self.config.topology.model_dump(),
             "data_plane": self.config.data_plane,
-        }
+        } | ({"items": self._follower.state()} if self._follower is not None else {})
 
     async def check_ready(self) -> str:
         """The version that answers, once every stage elsewhere has held it. Raises RequestError (503) until then."""
@@ -328,6 +340,8 @@ class Service:
         """Finish what is under way."""
         await self._batcher.drain()
         self.rollout.stop()
+        if self._follower is not None:
+            await asyncio.to_thread(self._follower.stop)
         self._pool.shutdown(wait=False)
         await self.store.close()
 

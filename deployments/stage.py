@@ -8,9 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, TypeVar
 
+from cluster.redis_items import RedisItemLog
 from cluster.registry import open_registry
+from deployments.live_items import ItemsFollower
 from deployments.resilience import Deadline
 from deployments.rollout import Rollout, loader
+from deployments.store_owner import url_of
 from recsys.config import Config
 from recsys.core import Candidates, Queries
 from recsys.funnel import Funnel
@@ -53,7 +56,10 @@ class Stage:
         log_to_stderr()
         # One thread: a batch uses the CPUs it was given, the next one waits without fighting it for the interpreter.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
-        self.rollout = Rollout(open_registry(config.place("registry")), loader(*self.loads), poll_s=config.serve.registry_poll_s)
+        follower = ItemsFollower(RedisItemLog(url_of(config), config.store), poll_s=config.serve.items_poll_s)
+        follower.start()
+        load = follower.loading(loader(*self.loads))
+        self.rollout = Rollout(open_registry(config.place("registry")), load, poll_s=config.serve.registry_poll_s)
         self.rollout.start()
 
     def check_health(self) -> None:

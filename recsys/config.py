@@ -6,6 +6,7 @@ A section's class stands above the code that it configures; here they are only p
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from recsys.errors import ConfigError
 from recsys.evidence import EVIDENCE
 from recsys.features.aggregates import faults
 from recsys.features.schema import FeaturesConfig, HistoryConfig
+from recsys.features.store import StoreConfig
+from recsys.ingest_config import IngestConfig
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.places import Places
@@ -45,6 +48,7 @@ from recsys.recall.trending import TrendingConfig
 from recsys.recall.user_cf import UserCFConfig
 from recsys.recall.vector import VectorConfig
 from recsys.rerank.diversity import MMRConfig
+from recsys.rerank.rules import RulesConfig
 from recsys.retrain_config import RetrainConfig
 from recsys.serve_config import ServeConfig
 from recsys.training import TrainingConfig
@@ -107,6 +111,9 @@ class RecallConfig(FrozenConfig):
     """How the channels' lists become one."""
     exclude_seen: bool = True
     """Never recommend what the user has in the log already."""
+    not_interested: tuple[str, ...] = ("dislike", "hide", "not_interested")
+    """Live events that speak against an item: it is not shown to that user again, triggers nothing, and what is like it stands lower
+    (see rules.unwanted)."""
 
     @field_validator("channels", mode="before")
     @classmethod
@@ -214,8 +221,14 @@ class Config(Places):
     """Stage 3."""
     rerank: MMRConfig = MMRConfig()
     """Stage 4: the page as a whole."""
+    rules: RulesConfig = RulesConfig()
+    """What editors want of every page, in stage 4: boosts, pins, blocks, novelty, a start for new items, exploration."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How the report is made."""
+    store: StoreConfig = StoreConfig()
+    """The feature store: what users did, live."""
+    ingest: IngestConfig = IngestConfig()
+    """What reads the event log."""
     retrain: RetrainConfig = RetrainConfig()
     """Going on from the serving version with what happened since."""
     serve: ServeConfig = ServeConfig()
@@ -273,6 +286,16 @@ class Config(Places):
                     f"rerank.caps.{index}.column",
                     f"names '{cap.column}', which no item column declares; known: {', '.join(items) or 'none'}",
                 )
+        for part, matches in (("boosts", self.rules.boosts), ("blocks", self.rules.blocks)):
+            for index, match in enumerate(matches):
+                kind = items[match.column].kind if match.column in items else None
+                if match.column != "item_id" and kind is None:
+                    yield (
+                        f"rules.{part}.{index}.column",
+                        f"names '{match.column}', which no item column declares; known: {', '.join(['item_id', *items])}",
+                    )
+                elif kind in ("number", "bins") and not all(_is_number(v) for v in match.values):
+                    yield f"rules.{part}.{index}.values", f"are not all numbers, as '{match.column}' holds"
         tables = {"user": self.data.users, "item": self.data.items}
         kinds = {side: {n: str(c.kind) for n, c in t.columns.items()} if t is not None else {} for side, t in tables.items()}
         kinds["context"] = {n: str(c.kind) for n, c in self.data.interactions.context.items() if c.kind not in FROM_TIME}
@@ -293,6 +316,13 @@ class Config(Places):
         tables = (self.data.users, self.data.items)
         declared = [name for table in tables if table is not None for name in table.columns]
         return ["user_id", "item_id", "history", "recent", EVIDENCE, *declared, *self.data.interactions.context]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _filled(value: Any, folder: str) -> Any:

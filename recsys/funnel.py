@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import channels
-from recsys.allowed import Filter
+from recsys.allowed import Condition, Filter
 from recsys.config import Config
-from recsys.core import UNKNOWN, Candidates, Queries, Query, Recaller, Reranker, Vocabulary, load_arrow, top_k
+from recsys.core import UNKNOWN, Candidates, Queries, Query, Recaller, Reranker, Vocabulary, Wishes, load_arrow, top_k
 from recsys.delta import Comparing, Delta, LiveVocabulary, Parts
 from recsys.errors import BundleError, RequestError
 from recsys.evidence import EVIDENCE, evidence, share_of_best
@@ -37,6 +37,8 @@ from recsys.recall.merge import MergeConfig, merge
 from recsys.recall.popular import first_of
 from recsys.recall.taste import RowVectors
 from recsys.recall.user_cf import UserCF, UserCFConfig
+from recsys.rerank.diversity import MMR
+from recsys.rerank.rules import REASONS, RULES, Known, Rules
 
 STAGES = ("recall", "coarse_rank", "fine_rank", "rerank")
 POPULAR = "popular"
@@ -59,6 +61,12 @@ class FunnelRequest:
     filter: Filter | None = None
     counters: bytes = b""
     """The user's packed counters, as the store holds them; without them the bundle's stand."""
+    diversity: float | None = None
+    """0 keeps the order of relevance, 1 only avoids likeness; None: as configured."""
+    boosts: Sequence[tuple[Condition, float]] = ()
+    """Conditions and what the scores of items that hold are multiplied with."""
+    pins: Sequence[tuple[str, int]] = ()
+    """Item ids and their places on the page, from 1."""
 
 
 class PageItem(NamedTuple):
@@ -121,6 +129,8 @@ class Funnel:
     live: Live | None = None
     filters: Filters = field(init=False, repr=False)
     delta: Delta | None = field(default=None, init=False, repr=False)
+    exposures: Mapping[int, int] = field(default_factory=dict, init=False, repr=False)
+    """Row of a new item -> how often it was shown, as far as this process has heard."""
 
     def __post_init__(self) -> None:
         self.filters = Filters(self.catalogue, self.items)
@@ -181,10 +191,16 @@ class Funnel:
     def _query(self, r: FunnelRequest) -> Query:
         user = self.users.row(r.user_id)
         items, times, seen = self._snapshot(user)
-        live = [(row, e.time_ms / 1000) for e in r.events if (row := self.items.row(e.item_id)) != UNKNOWN]
+        against = self.config.recall.not_interested
+        unwanted = [row for e in r.events if e.event in against and (row := self.items.row(e.item_id)) != UNKNOWN]
+        live = [(row, e.time_ms / 1000) for e in r.events if e.event not in against and (row := self.items.row(e.item_id)) != UNKNOWN]
+        if unwanted:  # what was taken and then refused triggers nothing either
+            live = [(row, time) for row, time in live if row not in unwanted]
+            kept = ~np.isin(items, unwanted)
+            items, times = items[kept], times[kept]
         if live:
             items, times = _continued(items, times, live)
-        out = [self.items.row(i) for i in r.exclude]
+        out = [*unwanted, *(self.items.row(i) for i in r.exclude)]
         if self.config.recall.exclude_seen and live:
             out += [row for row, _ in live]
         exclude = np.concatenate([seen, np.array([row for row in out if row != UNKNOWN], np.int32)]) if out else seen
@@ -199,9 +215,16 @@ class Funnel:
             profile=r.profile,
             exclude=exclude,
             explain=r.explain,
-            filter=r.filter,
+            filter=((*(r.filter or ()), *self.config.rules.filter) or None),
             state=r.counters,
+            wishes=self._wishes(r, unwanted),
         )
+
+    def _wishes(self, r: FunnelRequest, unwanted: list[int]) -> Wishes | None:
+        if r.diversity is None and not (r.boosts or r.pins or unwanted):
+            return None
+        pins = tuple((row, place) for item, place in r.pins if (row := self.items.row(item)) != UNKNOWN)
+        return Wishes(r.diversity, tuple(r.boosts), pins, tuple(dict.fromkeys(unwanted)))
 
     def _snapshot(self, user: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if user == UNKNOWN:
@@ -286,11 +309,50 @@ class Funnel:
         """The page: at most max(k) items a query; `page` cuts each to its own k."""
         k = int(queries.k.max(initial=1))
         candidates = self._shown(queries, candidates)
-        out = (
-            self.reranker.rerank(queries, candidates, k) if self.reranker else candidates.reordered(*_first(candidates, k), stage="rerank")
-        )
+        if isinstance(self.reranker, MMR):
+            known = Known(self._passes, self.items.row, self._shown_often, self._may)
+            out = Rules(self.config.rules, self.reranker, known, self.reranker.vectors).rerank(queries, candidates, k)
+        elif self.reranker is not None:
+            out = self.reranker.rerank(queries, candidates, k)
+        else:
+            out = candidates.reordered(*_first(candidates, k), stage="rerank")
         if queries.explain:
             out.noted()
+        return out
+
+    def _passes(self, queries: Queries, condition: Condition, items: np.ndarray) -> np.ndarray:
+        """(B, N) bool: the items that a condition means."""
+        delta, n = self._pinned(queries), len(self.items)
+        if delta is None:
+            lies, mask, slots = items, self.filters.mask((condition,)), np.zeros(1, bool)
+        else:
+            lies, (mask, slots) = np.where(items < 0, UNKNOWN, delta.storage(items)), delta.mask((condition,), self._parts())
+        inside = np.append(mask.items, False)[np.where((lies >= 0) & (lies < n), lies, -1)]
+        found: np.ndarray = inside | np.append(slots, False)[np.where(lies >= n, lies - n, -1)]
+        return found
+
+    def _may(self, queries: Queries, items: np.ndarray) -> np.ndarray:
+        """(B, N) bool: the items that a query's filter and the catalogue of now let be shown."""
+        self._admit(queries)
+        delta, n = self._pinned(queries) or Delta.nothing(len(self.items)), len(self.items)
+        out = (items != UNKNOWN) & ~delta.absent(items)
+        b, slot = np.nonzero(out)
+        lies = delta.storage(items[b, slot])
+        ok = np.ones(len(b), bool)
+        inside = lies < n
+        if queries.allowed is not None:
+            ok[inside] = queries.allowed.admits(b[inside], lies[inside])
+        if (~inside).any():
+            ok[~inside] = queries.memo["beside"].admits(b[~inside], lies[~inside] - n)
+        out[b, slot] = ok
+        may: np.ndarray = out
+        return may
+
+    def _shown_often(self, items: np.ndarray) -> np.ndarray:
+        """(B, N) how often items that came after the training were shown; NaN for all others."""
+        out = np.full(items.shape, np.nan)
+        for at in np.argwhere(items >= len(self.items)).tolist():
+            out[tuple(at)] = self.exposures.get(int(items[tuple(at)]), 0)
         return out
 
     def recommend(self, queries: Queries) -> Candidates:
@@ -513,10 +575,14 @@ def _shown_scores(candidates: Candidates) -> np.ndarray:
 
 
 def _explained(c: Candidates, b: int, n: int) -> dict[str, Any]:
-    stages: dict[str, Any] = {s: {"rank": int(r[b, n]), "score": float(v[b, n])} for s, (r, v) in c.trail.items()}
+    stages: dict[str, Any] = {s: {"rank": int(r[b, n]), "score": float(v[b, n])} for s, (r, v) in c.trail.items() if s != RULES}
     recalled = {
         name: {"rank": int(c.channel_ranks[b, n, i]), "score": float(c.channel_scores[b, n, i])}
         for i, name in enumerate(c.channels)
         if c.channel_ranks[b, n, i] > 0
     }
-    return {"channels": recalled, "stages": stages}
+    told: dict[str, Any] = {"channels": recalled, "stages": stages}
+    if RULES in c.trail:
+        codes, chance = c.trail[RULES]
+        told |= {"rule": REASONS[codes[b, n]], "propensity": float(chance[b, n])}
+    return told

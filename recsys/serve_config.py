@@ -104,6 +104,10 @@ class LimitsConfig(FrozenConfig):
     """Most items one request may ask for, and most items of one /v1/rank call."""
     events_per_call: PositiveInt = 10_000
     """Most events in one POST /v1/events."""
+    items_per_call: PositiveInt = 10_000
+    """Most items or users in one PUT or DELETE."""
+    future_s: NonNegativeFloat = 300.0
+    """How far ahead of our clock an event may be: clocks differ. It keeps its time; what is further ahead is rejected by itself."""
 
 
 class HAProxyConfig(FrozenConfig):
@@ -115,6 +119,17 @@ class HAProxyConfig(FrozenConfig):
     """Port of its Prometheus metrics. null: a free one."""
     threads: PositiveInt | None = None
     """Worker threads. null: 1 on hosts of up to 4 CPUs, else 4."""
+
+
+class ImpressionsConfig(FrozenConfig):
+    """The log of what was shown, as Parquet under `impressions` of the workdir (a folder, not a URI)."""
+
+    sample: float = Field(default=0.01, ge=0, le=1)
+    """Share of the pages that are logged, by the hash of the request id; 0: none."""
+    flush_s: PositiveFloat = 5.0
+    """How often a replica writes what waits: a kill costs as much."""
+    most_waiting: PositiveInt = 10_000
+    """Pages that may wait in one replica; beyond it pages are dropped and counted, and answers never wait."""
 
 
 class ServeConfig(FrozenConfig):
@@ -138,8 +153,12 @@ class ServeConfig(FrozenConfig):
     """Replicas, autoscaling and resources per deployment."""
     limits: LimitsConfig = LimitsConfig()
     """Sizes that the HTTP edge refuses."""
+    impressions: ImpressionsConfig = ImpressionsConfig()
+    """Logging of pages with the feature values they were ranked by."""
     registry_poll_s: PositiveFloat = 1.0
     """How often the service looks for a newly promoted version."""
+    items_poll_s: PositiveFloat = 0.2
+    """How often every replica looks for items that were put or deleted."""
     drain_s: NonNegativeInt = 1
     """How long a leaving replica still answers; raise it behind a load balancer of your own."""
     haproxy: HAProxyConfig = HAProxyConfig()

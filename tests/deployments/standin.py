@@ -103,6 +103,9 @@ class StandIn:
         )
         return given.ranked(-rows.astype(np.float32), rows.shape[1], stage="fine_rank")
 
+    def shows(self, row: int) -> bool:
+        return row >= 0
+
     def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         row = self.items.row(item_id)
         if row < 0:

@@ -1,0 +1,168 @@
+"""`rayfunnel items|users upsert|delete FILE`: a table's rows into the live catalogue, checked like those of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import typer
+from rich.console import Console
+
+from cluster.embedded import EmbeddedValkey
+from cluster.redis_items import RedisItemLog
+from cluster.redis_store import RedisStore
+from recsys.config import Config
+from recsys.core import canonical_id
+from recsys.data.columns import ColumnConfig
+from recsys.data.formats import Need, check_present, read
+from recsys.data.sources import TableConfig
+from recsys.errors import DataError, RequestError
+from recsys.features.live_items import ItemChange, checked
+from recsys.features.profiles import change_profiles
+
+Side = Literal["items", "users"]
+SHOWN = 5
+"""Refused rows that are told one by one."""
+
+
+class Rows(NamedTuple):
+    """What a file gave: (id, columns, title) of the rows that can be taken, and a sentence for each that cannot."""
+
+    taken: list[tuple[str, dict[str, Any], str | None]]
+    refused: list[str]
+
+
+def upsert(config: Config, side: Side, path: Path, console: Console) -> None:
+    """New and changed rows. A column that the file lacks keeps its values, an empty cell takes the value away."""
+    rows = rows_of(config, side, path)
+    if side == "items":
+        _change(config, [ItemChange(one, columns, title) for one, columns, title in rows.taken])
+    else:
+        _profiles(config, {one: columns for one, columns, _ in rows.taken})
+    _tell(console, side, "upserted", rows)
+
+
+def delete(config: Config, side: Side, path: Path, console: Console) -> None:
+    """Rows by id: items are never shown again, profiles are forgotten. A file .txt has one id a line."""
+    if path.suffix == ".txt":
+        check_present(path, side)
+        ids = [text for line in path.read_text("utf-8").splitlines() if (text := line.strip())]
+        rows = Rows([(one, {}, None) for one in ids], [])
+    else:
+        rows = rows_of(config, side, path, ids_alone=True)
+    if side == "items":
+        _change(config, [ItemChange(one, None) for one, _, _ in rows.taken])
+    else:
+        _profiles(config, {one: None for one, _, _ in rows.taken})
+    _tell(console, side, "deleted", rows)
+
+
+def _tell(console: Console, side: Side, done: str, rows: Rows) -> None:
+    things = side if len(rows.taken) != 1 else side[:-1]
+    console.print(f"{len(rows.taken):,} {things} {done}" + (f", {len(rows.refused):,} refused:" if rows.refused else ""))
+    for sentence in rows.refused[:SHOWN]:
+        console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=True)
+    if len(rows.refused) > SHOWN:
+        console.print(f"and {len(rows.refused) - SHOWN:,} more")
+    if rows.refused:
+        raise typer.Exit(2)
+
+
+# ---- the file ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(config: Config, side: Side, path: Path, *, ids_alone: bool = False) -> Rows:
+    """The rows of a file with the columns that the configuration declares: csv, Parquet, or JSON lines (.jsonl)."""
+    table = config.data.items if side == "items" else config.data.users
+    table = table if table is not None else TableConfig(path=str(path), columns={})
+    declared: Mapping[str, ColumnConfig] = {} if ids_alone else table.columns
+    key = table.id or ("item_id" if side == "items" else "user_id")
+    records = _records(path, table, side, key, {name: c.source(name) for name, c in declared.items()})
+    title = table.title or "title"
+    rows = Rows([], [])
+    for n, cells in enumerate(records, 1):
+        one = canonical_id(cells[key]) if _value(cells[key]) is not None else ""
+        if not one:
+            rows.refused.append(f"Row {n} has no id in column '{key}'.")
+            continue
+        given = {name: _cell(c, _value(cells[source])) for name, c in declared.items() if (source := c.source(name)) in cells}
+        try:
+            shown = _value(cells.get(title)) if side == "items" else None
+            rows.taken.append((one, checked(given, declared, whose=side[:-1]), None if shown is None else str(shown)))
+        except RequestError as error:
+            rows.refused.append(f"Row {n}, '{one[:80]}': {error}")
+    return rows
+
+
+def _records(path: Path, table: TableConfig, side: Side, key: str, sources: Mapping[str, str]) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        check_present(path, side)
+        try:
+            found = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        except ValueError as fault:
+            raise DataError(f"'{path}' is not JSON, one object a line ({fault}).") from fault
+        if any(not isinstance(row, dict) or key not in row for row in found):
+            raise DataError(f"'{path}': every line must be an object with '{key}'.")
+        return found
+    needs = {key: Need(f"{side}.id", text=True)}
+    needs |= {source: Need(f"{side}.columns.{name}", text=True, optional=True) for name, source in sources.items()}
+    needs.setdefault(table.title or "title", Need(f"{side}.title", text=True, optional=True))
+    raw = read(path, table.model_copy(update={"format": "auto"}), side, needs)
+    rows: list[dict[str, Any]] = raw.table.to_pylist()
+    return rows
+
+
+def _value(cell: Any) -> Any:
+    """A cell as plain Python, None where it is empty."""
+    if hasattr(cell, "tolist"):
+        cell = cell.tolist()
+    empty = cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, float) and math.isnan(cell)) or cell == ""
+    return None if empty else cell
+
+
+def _cell(column: ColumnConfig, value: Any) -> Any:
+    """What a text file writes for a vector, as numbers."""
+    if column.kind == "vector" and isinstance(value, str):
+        text = value.strip().removeprefix("[").removesuffix("]")
+        return [part for part in text.split(column.splits_on if column.splits_on in text else None) if part.strip()]
+    return value
+
+
+# ---- the store --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _url(config: Config) -> Iterator[str]:
+    """The store's address; an embedded one that no service runs is started for as long as it takes."""
+    if config.redis_url is not None:
+        yield config.redis_url
+        return
+    with EmbeddedValkey(config.place("store")) as server:
+        yield server.url
+
+
+def _change(config: Config, changes: list[ItemChange]) -> None:
+    with _url(config) as url:
+        log = RedisItemLog(url, config.store)
+        try:
+            log.change(changes)
+        finally:
+            log.close()
+
+
+def _profiles(config: Config, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
+    async def whole(url: str) -> None:
+        store = RedisStore(url, config.store, config.history)
+        try:
+            await change_profiles(store, changes)
+        finally:
+            await store.close()
+
+    with _url(config) as url:
+        asyncio.run(whole(url))

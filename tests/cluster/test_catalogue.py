@@ -1,0 +1,81 @@
+"""Files of items and users reach the live catalogue: on an embedded store that nobody runs, and refused row by row."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.embedded import EmbeddedValkey
+from cluster.redis_items import RedisItemLog
+from cluster.redis_store import RedisStore
+from recsys.config import Config
+from tests.small import config_of, write_data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    config_of(tmp_path)
+    return tmp_path
+
+
+def run(folder: Path, *words: str):
+    return CliRunner().invoke(app, [*words, "-c", str(folder / "small.yaml")])
+
+
+def told(config: Config):
+    with EmbeddedValkey(config.place("store")) as server:
+        log = RedisItemLog(server.url)
+        found = {r.item_id: (r.columns, r.title) for r in log.since(0).records}
+        log.close()
+    return found
+
+
+def test_items_of_a_csv_and_of_json_lines_are_kept_and_deleted_ones_too(folder: Path) -> None:
+    (folder / "new.csv").write_text("sku,name,price\nn1,New one,7\n007,Bond,\nbad,Bad,dear\n")
+    done = run(folder, "items", "upsert", str(folder / "new.csv"))
+    assert done.exit_code == 2, "one row was refused"
+    assert "2 items upserted, 1 refused:" in done.output
+    assert "Row 3, 'bad': 'columns.price': expected a finite number, got 'dear'." in done.output
+    (folder / "more.jsonl").write_text('{"sku": "n1", "colour": "red"}\n{"sku": 5, "price": 1.5}\n')
+    assert "2 items upserted" in run(folder, "items", "upsert", str(folder / "more.jsonl")).output
+    (folder / "gone.txt").write_text("i2\n\n007\n")
+    assert "2 items deleted" in run(folder, "items", "delete", str(folder / "gone.txt")).output
+    (folder / "gone.csv").write_text("sku\ni4\n")
+    assert "1 item deleted" in run(folder, "items", "delete", str(folder / "gone.csv")).output
+    assert told(config_of(folder)) == {
+        "n1": ({"price": 7.0, "colour": "red"}, "New one"),
+        "5": ({"price": 1.5}, None),
+        "i2": (None, None),
+        "007": (None, None),
+        "i4": (None, None),
+    }
+
+
+def test_profiles_of_a_file_are_kept_and_forgotten(folder: Path) -> None:
+    (folder / "people.csv").write_text("uid,country\nu1,be\nu2,\n")
+    assert "2 users upserted" in run(folder, "users", "upsert", str(folder / "people.csv")).output
+    config = config_of(folder)
+
+    async def profiles(url: str):
+        store = RedisStore(url, config.store, config.history)
+        states = await store.read(["u1", "u2"], timeout_s=5)
+        await store.close()
+        return [s.profile for s in states]
+
+    with EmbeddedValkey(config.place("store")) as server:
+        assert asyncio.run(profiles(server.url)) == [{"country": "be"}, {}]
+    (folder / "left.txt").write_text("u1\n")
+    assert "1 user deleted" in run(folder, "users", "delete", str(folder / "left.txt")).output
+    with EmbeddedValkey(config.place("store")) as server:
+        assert asyncio.run(profiles(server.url)) == [{}, {}]
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    assert "there is no file" in run(folder, "items", "upsert", str(folder / "none.csv")).output
+    (folder / "odd.jsonl").write_text('{"name": "x"}\n')
+    assert "every line must be an object with 'sku'" in run(folder, "items", "upsert", str(folder / "odd.jsonl")).output

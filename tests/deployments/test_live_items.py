@@ -1,0 +1,258 @@
+"""Items and users over HTTP: checked, kept, answered; and followed by every version that a process holds."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.edge import Edge
+from deployments.live_items import ItemsFollower
+from deployments.rollout import Rollout
+from deployments.service import Service
+from recsys.errors import StoreUnavailableError
+from recsys.features.live_items import Changes, ItemChange, MemoryItemLog
+from recsys.features.store import MemoryStore
+from recsys.funnel import Funnel
+from recsys.serve_config import LimitsConfig, ServeConfig
+from tests.deployments.test_edge import Heard, speak
+from tests.small import Small
+
+PATIENT: dict[str, Any] = {"deadline_ms": 20_000}
+
+
+class DownLog(MemoryItemLog):
+    """A log whose server may be gone."""
+
+    down = False
+
+    def since(self, position: int) -> Changes:
+        if self.down:
+            raise StoreUnavailableError("connection refused")
+        return super().since(position)
+
+    def change(self, changes: Any) -> int:
+        if self.down:
+            raise StoreUnavailableError("connection refused")
+        return super().change(changes)
+
+
+class Talk:
+    """A gateway over the small bundle, its store and its log."""
+
+    def __init__(self, small: Small, **limits: Any) -> None:
+        self.items, self.store = DownLog(), MemoryStore()
+        self.follower = ItemsFollower(self.items, poll_s=0.01)
+        self.rollout = Rollout(small.registry, self.follower.loading(Funnel.load), poll_s=3600)
+        self.rollout.start()
+        self.config = ServeConfig(**PATIENT, limits=LimitsConfig(**limits))
+
+    def run(self, script: Any) -> Any:
+        async def whole() -> Any:
+            self.service = Service(self.config, self.rollout, self.store, items=self.items, follower=self.follower)
+            edge = Edge(self.service)
+
+            async def ask(method: str, path: str, body: Any = b"") -> Heard:
+                return await speak(edge, method, path, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+            try:
+                return await script(ask)
+            finally:
+                await self.service.close()
+
+        return asyncio.run(whole())
+
+
+@pytest.fixture
+def talk(small: Small) -> Talk:
+    return Talk(small)
+
+
+def shown(heard: Heard) -> list[str]:
+    assert heard.status == 200, heard.json
+    return [item["item_id"] for item in heard.json["items"]]
+
+
+def test_an_item_that_was_put_can_be_recommended_and_a_deleted_one_no_more(talk: Talk) -> None:
+    async def script(ask: Any) -> None:
+        only = {"user_id": "u0", "filter": {"item_id": ["new", "i2"]}}
+        told = await ask("PUT", "/v1/items", {"item_id": "new", "columns": {"colour": "red", "price": 5}, "title": "Brand new"})
+        assert (told.status, told.json) == (200, {"accepted": 1, "rejected": [], "position": 1})
+        talk.follower.poll()
+        page = await ask("POST", "/v1/recommend", only)
+        assert "new" in shown(page)
+        assert {i["item_id"]: i.get("title") for i in page.json["items"]}["new"] == "Brand new"
+        assert (await ask("DELETE", "/v1/items", ["new", "i2"])).json["accepted"] == 2
+        talk.follower.poll()
+        assert shown(await ask("POST", "/v1/recommend", only)) == []
+        assert "i2" not in shown(await ask("POST", "/v1/recommend", {"user_id": "u0", "k": 50}))
+        assert shown(await ask("POST", "/v1/rank", {"user_id": "u0", "item_ids": ["i2", "i4", "new"]})) == ["i4"]
+        assert (await ask("GET", "/v1/items/i2/similar")).status == 404
+        assert "i2" not in shown(await ask("GET", "/v1/items/i4/similar"))
+        version = (await ask("GET", "/v1/version")).json["items"]
+        assert {k: version[k] for k in ("changed", "deleted", "position")} == {"changed": 0, "deleted": 2, "position": 3}
+        assert 0 <= version["staleness_s"] < 60
+
+    talk.run(script)
+
+
+def test_a_batch_is_taken_in_part_and_a_single_fault_is_refused(talk: Talk) -> None:
+    async def script(ask: Any) -> None:
+        rows = [{"item_id": "a"}, {"item_id": ""}, {"item_id": "b", "columns": {"prise": 1}}, {"item_id": 7, "columns": {"price": "4"}}]
+        told = (await ask("PUT", "/v1/items", rows)).json
+        assert told["accepted"] == 2
+        assert [(r["index"], r["code"]) for r in told["rejected"]] == [(1, "empty_id"), (2, "unknown_field")]
+        assert "Did you mean 'price'?" in told["rejected"][1]["message"]
+        assert [r.item_id for r in talk.items.since(0).records] == ["a", "7"]
+        one = await ask("PUT", "/v1/items", {"item_id": "b", "columns": {"price": "dear"}})
+        assert (one.status, one.json["error"]["code"], one.json["error"]["field"]) == (422, "wrong_type", "columns.price")
+        assert (await ask("PUT", "/v1/items", b"{")).status == 400
+        assert (await ask("PUT", "/v1/items", [])).json["error"]["code"] == "empty_list"
+        assert (await ask("PUT", "/v1/items", [{"columns": {}}])).json["rejected"][0]["code"] == "missing_field"
+        assert (await ask("DELETE", "/v1/items", [None])).json["rejected"][0]["code"] == "wrong_type"
+        assert (await ask("DELETE", "/v1/items/a/b")).json["accepted"] == 1
+        assert talk.items.since(0).records[-1].item_id == "a/b"
+
+    talk.run(script)
+
+
+def test_too_many_or_too_long_are_refused_with_a_sentence(small: Small) -> None:
+    async def script(ask: Any) -> None:
+        told = await ask("PUT", "/v1/items", [{"item_id": n} for n in range(4)])
+        assert told.json["error"]["message"] == "4 came; at most 3 are taken in one call. Send them in parts."
+        told = await ask("PUT", "/v1/users", {"user_id": "u" * 300})
+        assert told.json["error"]["code"] == "id_too_long"
+
+    Talk(small, items_per_call=3).run(script)
+
+
+def test_a_user_that_was_put_counts_from_the_next_request_on(talk: Talk) -> None:
+    async def script(ask: Any) -> None:
+        assert (await ask("PUT", "/v1/users", [{"user_id": "u1", "columns": {"country": "fr"}}, {"user_id": "x"}])).json["accepted"] == 2
+        (state,) = await talk.store.read(["u1"], timeout_s=1)
+        assert state.profile == {"country": "fr"}
+        seen: list[Any] = []
+        held = talk.rollout.funnel()
+        talk.rollout._held = {held.version: Spy(held, seen)}  # type: ignore[dict-item]
+        await ask("POST", "/v1/recommend", {"user_id": "u1"})
+        assert seen[-1] == {"country": "fr"}
+        await ask("PUT", "/v1/users", {"user_id": "u1", "columns": {"country": None}})
+        await ask("POST", "/v1/recommend", {"user_id": "u1"})
+        assert seen[-1] == {}
+        await ask("PUT", "/v1/users", {"user_id": "u1", "columns": {"country": "nl"}})
+        assert (await ask("DELETE", "/v1/users", "u1")).json["accepted"] == 1
+        assert (await talk.store.read(["u1"], timeout_s=1))[0].profile == {}
+        told = await ask("PUT", "/v1/users", {"user_id": "u1", "columns": {"town": "x"}})
+        assert "is no declared user column" in told.json["error"]["message"]
+
+    talk.run(script)
+
+
+class Spy:
+    """A funnel that tells which profiles it was asked with."""
+
+    def __init__(self, funnel: Funnel, seen: list[Any]) -> None:
+        self._funnel, self._seen = funnel, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._funnel, name)
+
+    def queries(self, requests: Any) -> Any:
+        self._seen += [dict(r.profile) for r in requests]
+        return self._funnel.queries(requests)
+
+
+def test_while_the_store_is_away_changes_are_refused_and_pages_go_on(talk: Talk) -> None:
+    async def script(ask: Any) -> None:
+        talk.items.down = True
+        told = await ask("PUT", "/v1/items", {"item_id": "a"})
+        assert (told.status, told.json["error"]["code"]) == (503, "store_unavailable")
+        assert "repeating is harmless" in told.json["error"]["message"]
+        with pytest.raises(StoreUnavailableError):
+            talk.follower.poll()
+        assert len(shown(await ask("POST", "/v1/recommend", {"user_id": "u0", "k": 5}))) == 5
+
+    talk.run(script)
+
+
+def test_the_routes_are_documented(talk: Talk) -> None:
+    async def script(ask: Any) -> None:
+        paths = (await ask("GET", "/openapi.json")).json["paths"]
+        assert {"put", "delete"} <= paths["/v1/items"].keys()
+        assert {"put", "delete"} <= paths["/v1/users"].keys()
+
+    talk.run(script)
+
+
+# ---- following --------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_that_is_loaded_later_knows_what_was_told_before(small: Small) -> None:
+    log = MemoryItemLog()
+    log.change([ItemChange("new", {"price": 1}), ItemChange("i2", None)])
+    follower = ItemsFollower(log, poll_s=3600)
+    follower.poll()
+    funnel = follower.loading(Funnel.load)(small.folder)
+    assert funnel.shows(funnel.items.row("new"))
+    assert not funnel.shows(funnel.items.row("i2"))
+
+
+def test_the_thread_brings_changes_and_outlives_a_store_that_is_away(small: Small) -> None:
+    log = DownLog()
+    log.down = True
+    follower = ItemsFollower(log, poll_s=0.01)
+    funnel = follower.loading(Funnel.load)(small.folder)
+    follower.start(patience_s=0.0)
+    assert follower.state()["staleness_s"] is None
+    log.down = False
+    log.change([ItemChange("new", {"price": 1})])
+    until = time.monotonic() + 30
+    while not funnel.shows(funnel.items.row("new")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    follower.stop()
+
+
+def test_a_log_that_began_anew_is_read_anew(small: Small) -> None:
+    log = MemoryItemLog()
+    log.change([ItemChange("i2", None), ItemChange("i4", None)])
+    follower = ItemsFollower(log, poll_s=3600)
+    funnel = follower.loading(Funnel.load)(small.folder)
+    follower.poll()
+    follower._log = MemoryItemLog()
+    follower._log.change([ItemChange("i6", None)])
+    follower.poll()
+    assert [funnel.shows(funnel.items.row(i)) for i in ("i2", "i4", "i6")] == [True, True, False]
+    assert follower.state()["deleted"] == 1
+
+
+def test_what_was_shown_anywhere_is_known_everywhere(small: Small) -> None:
+    log = MemoryItemLog()
+    log.change([ItemChange("new", {"price": 1}), ItemChange("i2", {"price": 1})])
+    one, other = (ItemsFollower(log, poll_s=3600) for _ in range(2))
+    funnel = other.loading(Funnel.load)(small.folder)
+    one.poll()
+    other.poll()
+    one.note(["new", "i4", "i2", "new"])
+    other.note(["new"])
+    for follower in (one, other):
+        follower._counted_at -= 10
+        follower.poll()
+    assert log.shown() == {"new": 3, "i2": 1}
+    assert funnel.exposures == {funnel.items.row("new"): 3}, "i2 is not new"
+
+
+def test_versions_that_were_let_go_of_are_forgotten(small: Small) -> None:
+    follower = ItemsFollower(MemoryItemLog(), poll_s=3600)
+
+    def load(folder: Path) -> Funnel:
+        return Funnel.load(folder)
+
+    follower.loading(load)(small.folder)
+    gc.collect()
+    assert not list(follower._funnels)
