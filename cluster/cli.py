@@ -39,7 +39,7 @@ Settings = Annotated[
 ]
 SHOWN_METRICS = ("ndcg@10", "recall@10", "hit@10", "mrr@10", "auc", "gauc")
 """What `versions` shows of a version's quality, where it was measured."""
-DATA, MODEL, REGISTRY, CONFIG = "Data", "Model", "Versions", "Configuration"
+DATA, MODEL, REGISTRY, LIVE, CONFIG = "Data", "Model", "Versions", "Events", "Configuration"
 
 
 class Commands(TyperGroup):
@@ -82,6 +82,8 @@ items_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Bring new, cha
 users_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Bring what is known of users to a running service.")
 app.add_typer(items_app, name="items", rich_help_panel=DATA)
 app.add_typer(users_app, name="users", rich_help_panel=DATA)
+ingest_app = typer.Typer(cls=Commands, invoke_without_command=True)
+app.add_typer(ingest_app, name="ingest", rich_help_panel=LIVE)
 
 
 @app.callback()
@@ -469,6 +471,64 @@ def config_show(
     Example: rayfunnel config show -c configs/movielens.yaml --origins
     """
     from recsys import config_manual
+# Events.
+
+
+@ingest_app.callback()
+def ingest(
+    ctx: typer.Context,
+    config: Annotated[list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration file; several are laid over.")] = None,
+    settings: Settings = None,
+    actors: Annotated[
+        int, typer.Option("--actors", min=0, help="So many Ray actors, here or on the cluster of RAY_ADDRESS. 0: this process.")
+    ] = 0,
+) -> None:
+    """Consume the event log without a service: counters, trending, Parquet. Beside a service, it takes its share of the partitions.
+
+    Examples:
+
+      rayfunnel ingest -c configs/movielens.yaml
+
+      rayfunnel ingest status -c configs/movielens.yaml
+
+      rayfunnel ingest dead-letters -c configs/movielens.yaml
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from cluster import ingest_cli
+
+    if not config:
+        raise ConfigError("rayfunnel ingest needs a configuration. Name one: rayfunnel ingest -c configs/movielens.yaml")
+    ingest_cli.run(load(config, settings), actors, out)
+
+
+@ingest_app.command("status")
+def ingest_status(config: ConfigFiles, settings: Settings = None, json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """How far the consumers are: lag by partition, dead letters, the last Parquet, bytes a user and item take.
+
+    Example: rayfunnel ingest status -c configs/movielens.yaml
+    """
+    from cluster import ingest_cli
+
+    ingest_cli.show_status(load(config, settings), out, as_json=json)
+
+
+@ingest_app.command("dead-letters")
+def ingest_dead_letters(
+    config: ConfigFiles,
+    settings: Settings = None,
+    most: Annotated[int, typer.Option("--most", "-n", min=1, help="How many, newest first.")] = 20,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What stood in the event log and could not be counted, and why.
+
+    Example: rayfunnel ingest dead-letters -c configs/movielens.yaml -n 5
+    """
+    from cluster import ingest_cli
+
+    ingest_cli.show_dead_letters(load(config, settings), most, out, as_json=json)
+
+
     from recsys.config import read
 
     loaded = read(config, settings or ())

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 
 class Entry(NamedTuple):
@@ -33,8 +35,16 @@ class EventLog(Protocol):
         """How many entries each partition ever took."""
         ...
 
+    async def firsts(self, partitions: int) -> list[int]:
+        """How many entries of each partition came before the oldest one that it holds."""
+        ...
+
     async def trim(self, partition: int, position: str, keep_from_ms: int) -> None:
         """Forget entries up to a position, itself included, but none younger than `keep_from_ms`."""
+        ...
+
+    async def go_on(self, partition: int, position: str, n: int) -> None:
+        """A log that was lost and begins anew: number what comes from `n` on, behind `position`."""
         ...
 
     async def close(self) -> None:
@@ -70,11 +80,18 @@ class RedisLog:
 
     async def totals(self, partitions: int) -> list[int]:
         """See EventLog: `entries-added` counts trimmed ones too."""
+        return [added for added, _ in await self._lengths(partitions)]
+
+    async def firsts(self, partitions: int) -> list[int]:
+        """See EventLog."""
+        return [added - length for added, length in await self._lengths(partitions)]
+
+    async def _lengths(self, partitions: int) -> list[tuple[int, int]]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for p in range(partitions):
                 pipe.xinfo_stream(self._key(p))
             found = await pipe.execute(raise_on_error=False)
-        return [0 if isinstance(info, Exception) else int(info["entries-added"]) for info in found]
+        return [(0, 0) if isinstance(info, Exception) else (int(info["entries-added"]), int(info["length"])) for info in found]
 
     async def trim(self, partition: int, position: str, keep_from_ms: int) -> None:
         """See EventLog."""
@@ -82,6 +99,16 @@ class RedisLog:
         await self._redis.xtrim(
             self._key(partition), minid=f"{ms}-{seq + 1}" if ms < keep_from_ms else f"{keep_from_ms}-0", approximate=False
         )
+
+    async def go_on(self, partition: int, position: str, n: int) -> None:
+        """See EventLog: the stream is made where there is none, and what it holds counts as entries behind `n`."""
+        key = self._key(partition)
+        with contextlib.suppress(ResponseError):  # BUSYGROUP: left by one that was killed here
+            await self._redis.xgroup_create(key, "making", "$", mkstream=True)
+        await self._redis.xgroup_destroy(key, "making")
+        last = (await self._redis.xinfo_stream(key))["last-generated-id"].decode()
+        newest = max((last, position), key=lambda at: tuple(map(int, at.split("-"))))
+        await self._redis.execute_command("XSETID", key, newest, "ENTRIESADDED", n + await self._redis.xlen(key), "MAXDELETEDID", "0-0")
 
     async def close(self) -> None:
         """The connection is the caller's."""

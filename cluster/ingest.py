@@ -27,7 +27,7 @@ from cluster.ingest_archive import Archiving
 from cluster.ingest_items import ItemHop
 from cluster.ingest_users import UserHop
 from cluster.owned import Holding, Owned
-from cluster.partition import FencedError, PartitionStore
+from cluster.partition import Claim, FencedError, PartitionStore, Step
 from cluster.redis_store import connected
 from recsys.config import Config
 from recsys.errors import RayfunnelError
@@ -230,10 +230,26 @@ class Ingest:
             return
         archive = Archive(self.held.config.place("events"), partition)
         manifest = await asyncio.to_thread(archive.take, claim.epoch)
+        if not claim.at:
+            claim = claim._replace(n=(await self._logs[2].firsts(self.held.partitions))[partition])
         if manifest.n > claim.n:
-            log.warning("ingest partition=%d is in Parquet up to entry %d, the store says %d", partition, manifest.n, claim.n)
+            claim = await self._behind_parquet(partition, claim, archive)
         self.held.owned[partition] = Owned(claim, archive)
         log.info("ingest partition=%d epoch=%d from entry %d", partition, claim.epoch, claim.n)
+
+    async def _behind_parquet(self, partition: int, claim: Claim, archive: Archive) -> Claim:
+        """More is in Parquet than the store has counted. Where the log still has it, it is counted again (a store that lost its
+        last second); where the log has less than Parquet it is another log, and goes on behind it."""
+        manifest, reader = archive.manifest, self._logs[2]
+        if (await reader.totals(self.held.partitions))[partition] >= manifest.n:
+            log.warning("ingest partition=%d counts entries %d to %d again: the store has lost them", partition, claim.n, manifest.n)
+            return claim
+        log.warning("ingest partition=%d: the log was lost; it goes on behind entry %d, the last in Parquet", partition, manifest.n)
+        await reader.go_on(partition, manifest.at, manifest.n)
+        (answer,) = await self.held.store.apply([Step(partition, claim, manifest.at, manifest.n, 0, ())])
+        if isinstance(answer, Exception):
+            raise answer
+        return claim._replace(at=manifest.at, n=manifest.n)
 
     async def give_free(self) -> None:
         """Leave the partitions to whoever wants them."""

@@ -29,26 +29,29 @@ class ItemHop:
 
     async def step(self) -> dict[int, Exception | int]:
         """One step: per partition that changed how many keys it has, or why nothing was applied."""
-        held, mine = self._held, dict(self._held.owned)
+        held, mine, counting = self._held, dict(self._held.owned), self._held.counting
         for p, owned in mine.items():
             if owned.items is None:
                 await self._read(p, owned)
         states = {p: owned.items for p, owned in mine.items() if owned.items is not None}
         if not states:
             return {}
-        before = {p: {s: placed(owned.sources.get(s, "")) for s in range(held.partitions)} for p, owned in mine.items()}
+        mine = {p: owned for p, owned in mine.items() if p in states}
+        before = {p: {s: placed(owned.sources.get(s, f" {owned.firsts[s]}")) for s in range(held.partitions)} for p, owned in mine.items()}
         starts = {s: min((before[p][s] for p in mine), key=lambda at: at[1]) for s in range(held.partitions)}
         pages = await self._log.read({s: at for s, (at, _) in starts.items()}, held.config.ingest.batch)
         if held.repeats:  # only the first hop tells which of two equal entries counts
             applied = {h.partition: h.n for h in await held.store.heads(range(held.partitions))}
             pages = {s: entries[: max(0, applied[s] - starts[s][1])] for s, entries in pages.items()}
+        batches = {s: await held.batch(s, starts[s][1], entries) for s, entries in pages.items() if entries}
+        if held.counting is not counting:  # another declaration came in force meanwhile: these are states of the old one
+            for owned in mine.values():
+                owned.items = None
+            return {}
         changed: dict[int, set[Name]] = {p: set() for p in mine}
         sources: dict[int, dict[int, tuple[str, str]]] = {p: {} for p in mine}
-        counting = held.counting
-        for s, entries in pages.items():
-            if not entries:
-                continue
-            batch = await held.batch(s, starts[s][1], entries)
+        for s, batch in batches.items():
+            entries = batch.entries
             for taken in batch.taken:
                 try:
                     touched = counting.of_items(taken.row)
@@ -82,8 +85,11 @@ class ItemHop:
 
     async def _read(self, partition: int, owned: Owned) -> None:
         sources, values = await self._held.store.counted(partition)
-        states, whole = await asyncio.to_thread(self._held.counting.item_states, partition, self._held.partitions, values)
-        owned.sources, owned.items, owned.rewrite = sources, states, not whole
+        counting = self._held.counting
+        states, whole = await asyncio.to_thread(counting.item_states, partition, self._held.partitions, values)
+        firsts = await self._log.firsts(self._held.partitions)
+        if self._held.counting is counting:
+            owned.sources, owned.firsts, owned.items, owned.rewrite = sources, firsts, states, not whole
 
     async def publish(self) -> int:
         """Publish the partitions whose snapshot is due; gives how many."""

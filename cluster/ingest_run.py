@@ -98,12 +98,14 @@ class Consumers:
         self._config, self._url = config, url
         self._ingest: Ingest | None = None
         self._task: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
 
     async def start(self) -> None:
         """Begin, once; an actor that was restarted begins again when it is next asked how it is."""
-        if self._task is None:
-            self._ingest = await asyncio.to_thread(consumer, self._config, self._url)
-            self._task = asyncio.create_task(self._ingest.run())
+        async with self._starting:
+            if self._task is None:
+                self._ingest = await asyncio.to_thread(consumer, self._config, self._url)
+                self._task = asyncio.create_task(self._ingest.run())
 
     async def check(self) -> dict[str, Any]:
         """What it owns. RayfunnelError where it has ended by itself."""

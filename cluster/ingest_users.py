@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cluster.event_log import EventLog
 from cluster.owned import Batch, Holding, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
+from recsys.features.counting import Counting
 from recsys.features.stream import Key, States
 
 Name = tuple[int, Key]
@@ -20,7 +21,7 @@ class UserHop:
 
     async def step(self, *, wait_ms: int = 0) -> dict[int, Exception | int]:
         """One step of every partition that has news: how many entries it took, or why it was not applied."""
-        held = self._held
+        held, counting = self._held, self._held.counting
         claims = {p: owned.claim for p, owned in held.owned.items()}
         pages = await self._log.read({p: c.at for p, c in claims.items()}, held.config.ingest.batch, wait_ms=wait_ms)
         batches = {p: await held.batch(p, claims[p].n, entries) for p, entries in pages.items() if entries and self._same(p, claims[p])}
@@ -28,11 +29,15 @@ class UserHop:
         for p, batch in batches.items():
             for taken in batch.taken:
                 by_user.setdefault((p, taken.event.user_id), []).append(taken)
-        states = await self._states(list(by_user))
+        states = await self._states(counting, list(by_user))
+        if held.counting is not counting:  # another declaration came in force meanwhile: these are states of the old one
+            for one in held.owned.values():
+                one.users.clear()
+            return {}
         users: dict[int, list[UserChange]] = {p: [] for p in batches}
         buried = 0
         for (p, user_id), mine in by_user.items():
-            change = self._change(user_id, *states[p, user_id], mine, batches[p])
+            change = self._change(counting, user_id, states[p, user_id], mine, batches[p])
             if change.fields or change.gone:
                 users[p].append(change)
         steps = []
@@ -49,17 +54,17 @@ class UserHop:
                 continue
             owned.claim = step.claim._replace(at=step.at, n=step.n)
             if answer:
-                await self._restore(owned, step, [step.users[i].user_id for i in answer])
+                await self._restore(counting, owned, step, [step.users[i].user_id for i in answer])
         self._bound()
         return out
 
     def _same(self, partition: int, claim: object) -> bool:
         return partition in self._held.owned and self._held.owned[partition].claim is claim
 
-    async def _states(self, users: Sequence[tuple[int, str]]) -> dict[tuple[int, str], tuple[States, bool]]:
+    async def _states(self, counting: Counting, users: Sequence[tuple[int, str]]) -> dict[tuple[int, str], tuple[States, bool]]:
         """Users' states, from memory or the store, and whether the store holds them whole."""
         held = self._held
-        if not held.counting.users.plan.groups:
+        if not counting.users.plan.groups:
             return {user: ({}, True) for user in users}
         found: dict[tuple[int, str], tuple[States, bool]] = {}
         for p, user_id in users:
@@ -69,14 +74,14 @@ class UserHop:
                 found[p, user_id] = cache[user_id], True
         absent = [user for user in users if user not in found]
         for (p, user_id), values in zip(absent, await held.store.counters(absent) if absent else [], strict=True):
-            found[p, user_id] = held.counting.user_states(user_id, values)
+            found[p, user_id] = counting.user_states(user_id, values)
             if p in held.owned:
                 held.owned[p].users[user_id] = found[p, user_id][0]
         return found
 
-    def _change(self, user_id: str, states: States, whole: bool, mine: Sequence[Taken], batch: Batch) -> UserChange:
-        """Count a user's events, and what is to be written of it."""
-        counting = self._held.counting
+    def _change(self, counting: Counting, user_id: str, known: tuple[States, bool], mine: Sequence[Taken], batch: Batch) -> UserChange:
+        """Count a user's events, and what is to be written of it. known: the states, and whether the store holds them whole."""
+        states, whole = known
         changed: set[Name] = set()
         gone: set[Name] = set()
         before = bool(states)
@@ -90,9 +95,8 @@ class UserHop:
         change = counting.user_change(states, changed if whole else list(states), gone)
         return UserChange(user_id, whole and before, change.fields, change.gone)
 
-    async def _restore(self, owned: Owned, step: Step, users: Sequence[str]) -> None:
+    async def _restore(self, counting: Counting, owned: Owned, step: Step, users: Sequence[str]) -> None:
         """The store had forgotten these users (it was short of memory, or they were away for long) while we knew them: tell it all."""
-        counting = self._held.counting
         told = [
             UserChange(u, False, counting.user_change(owned.users[u], list(owned.users[u]), ()).fields) for u in users if u in owned.users
         ]

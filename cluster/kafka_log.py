@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.event_log import Entry
 from cluster.redis_store import RedisStore
-from recsys.errors import ConfigError, StoreUnavailableError
+from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.schema import HistoryConfig
 from recsys.features.store import NewEvent, StoreConfig, partition_of, to_record
 from recsys.ingest_config import KafkaLogConfig
@@ -141,8 +141,19 @@ class KafkaLog:
 
         return await asyncio.to_thread(ends)
 
+    async def firsts(self, partitions: int) -> list[int]:
+        """See EventLog: entries are numbered from the first that was read."""
+        return [0] * partitions
+
     async def trim(self, partition: int, position: str, keep_from_ms: int) -> None:
         """The topic's own retention forgets; nothing to do."""
+
+    async def go_on(self, partition: int, position: str, n: int) -> None:  # noqa: ARG002
+        """A topic made anew counts from its own beginning: it cannot be numbered."""
+        raise StoreError(
+            f"Topic '{self._config.topic}' holds fewer entries of partition {partition} than are in Parquet ({n:,}): it was made anew. "
+            "Name another topic and another workdir, or bring it back."
+        )
 
     async def close(self) -> None:
         """Leave."""

@@ -32,6 +32,8 @@ class Owned:
     items: States | None = None
     """Item-side states; None until they are read from the store."""
     sources: dict[int, str] = field(default_factory=dict)
+    firsts: list[int] = field(default_factory=list)
+    """Per source the number of its oldest entry, for sources of which nothing is counted."""
     rewrite: bool = False
     """The store lacks item-side keys that we know: write them all."""
     published: float = 0.0

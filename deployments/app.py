@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 from deployments.coarse_rank import CoarseRank
 from deployments.fine_rank import FineRank
 from deployments.gateway import STAND_IN, Gateway
+from deployments.ingest import IngestReplica
 from deployments.recall import Recall
 from deployments.rerank import Rerank
 from deployments.stage import Stage
@@ -23,6 +24,7 @@ from recsys.config import Config, load
 from recsys.core import FrozenConfig
 from recsys.errors import ConfigError
 from recsys.funnel import STAGES
+from recsys.ingest_config import IngestConfig
 from recsys.serve_config import ReplicasConfig, StagesConfig, TopologyConfig
 
 DEPLOYMENTS: dict[str, type[Stage]] = {"recall": Recall, "coarse_rank": CoarseRank, "fine_rank": FineRank, "rerank": Rerank}
@@ -72,12 +74,15 @@ def application(config: Config, *, recall_stand_in: ReplicasConfig | None = None
             serve.deployment(Recall).options(name=STAND_IN, **options(recall_stand_in)).bind(config, recall_stand_in.threads)
         )
     owner = (
-        serve.deployment(StoreOwner).options(name="store", **owner_options()).bind(config.place("store"))
+        serve.deployment(StoreOwner).options(name="store", **owner_options()).bind(config.place("store"), config.store.memory_mb)
         if config.redis_url is None
         else None
     )
+    ingest = None
+    if config.ingest.with_service and config.ingest.replicas:
+        ingest = serve.deployment(IngestReplica).options(name="ingest", **ingest_options(config.ingest)).bind(config, owner)
     gateway = serve.deployment(Gateway).options(name="gateway", **options(config.serve.stages.gateway))
-    return gateway.bind(config, handles, owner)
+    return gateway.bind(config, handles, owner, ingest)
 
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -113,6 +118,19 @@ def options(replicas: ReplicasConfig) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 10.0,
+        "logging_config": QUIET,
+    }
+
+
+def ingest_options(ingest: IngestConfig) -> dict[str, Any]:
+    """Consumers take no requests. A replica that stops has to write Parquet first."""
+    return {
+        "num_replicas": ingest.replicas,
+        "ray_actor_options": {"num_cpus": 0.1},
+        "health_check_period_s": 1.0,
+        "health_check_timeout_s": 10.0,
+        "graceful_shutdown_timeout_s": 20.0,
+        "graceful_shutdown_wait_loop_s": 0.2,
         "logging_config": QUIET,
     }
 

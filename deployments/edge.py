@@ -209,6 +209,14 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
         request_id = _request_id(request.scope)
         return _response(await answered(handler, b"", request_id), request_id)
 
+    @api.get("/v1/ingest", responses={503: {"model": FaultAnswer}}, summary="How far the consumers of events are: lag, dead letters, Parquet")
+    async def ingest(request: Request) -> Response:
+        async def handler(*_: object) -> Reply:
+            return Reply(200, orjson.dumps(await service.ingest(), option=orjson.OPT_NON_STR_KEYS))
+
+        request_id = _request_id(request.scope)
+        return _response(await answered(handler, b"", request_id), request_id)
+
     @api.get("/v1/version", summary="What is served, what is held, what was refused and why")
     async def version() -> dict[str, Any]:
         return service.version()

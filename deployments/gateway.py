@@ -9,11 +9,13 @@ from collections.abc import Awaitable, Mapping
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.ingest_run import IngestStatus
+from cluster.kafka_log import feature_store
 from cluster.redis_items import RedisItemLog
-from cluster.redis_store import RedisStore
 from cluster.registry import open_registry
 from deployments.edge import Edge
 from deployments.ladder import StageCall
+from deployments.live_counters import CountersFollower
 from deployments.live_items import ItemsFollower
 from deployments.monitoring import ServeMonitor
 from deployments.resilience import Preferred
@@ -90,11 +92,13 @@ class Handles:
 class Gateway:
     """One replica of the HTTP API."""
 
-    def __init__(self, config: Config, handles: dict[str, DeploymentHandle], store: DeploymentHandle | None) -> None:
+    def __init__(
+        self, config: Config, handles: dict[str, DeploymentHandle], store: DeploymentHandle | None, ingest: DeploymentHandle | None = None
+    ) -> None:
         pin_threads(config.serve.stages.gateway.threads)
         log_to_stderr()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._config, self._owner, self._handles = config, store, Handles(handles)
+        self._config, self._owner, self._ingest, self._handles = config, store, ingest, Handles(handles)
         here = tuple(name for name in STAGES if name not in handles)
         items = RedisItemLog(url_of(config), config.store)
         follower = ItemsFollower(items, poll_s=config.serve.items_poll_s)
@@ -106,10 +110,13 @@ class Gateway:
             ready=self._why_not if handles else None,
         )
         self._rollout.start()
+        counters = CountersFollower(config, url_of(config), self._rollout.funnels) if "fine_rank" in here else None
+        if counters is not None:
+            counters.start()
         self._service = Service(
             config.serve,
             self._rollout,
-            RedisStore(url_of(config), history=config.history),
+            feature_store(url_of(config), config.ingest.log, config.store, config.history),
             elsewhere=self._handles.stages(),
             rank_elsewhere=self._handles.rank if "fine_rank" in handles else None,
             similar_elsewhere=self._handles.similar if "recall" in handles else None,
@@ -119,6 +126,9 @@ class Gateway:
             items=items,
             follower=follower,
         )
+            append_batch=config.store.append_batch,
+            ingest_status=IngestStatus(config, url_of(config)).read,
+            counters_state=counters.state if counters is not None else None,
 
     def __serve_build_asgi_app__(self) -> Edge:
         return Edge(self._service)

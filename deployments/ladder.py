@@ -145,7 +145,7 @@ class Ladder:
         finally:
             timings["user_state"] = 1000 * (time.perf_counter() - started)
         for row, state in zip(rows, states, strict=True):
-            row.request.events = state.events
+            row.request.events, row.request.counters = state.events, state.counters
             if state.profile:
                 row.request.profile = {**state.profile, **row.request.profile}
         return ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
@@ -17,8 +19,6 @@ from recsys.errors import RequestError
 from recsys.features.store import NewEvent, event_identity
 from recsys.serve_config import LimitsConfig
 
-FUTURE_S = 300.0
-"""How far ahead of our clock an event may be: clocks differ, but a click of tomorrow is a fault."""
 EXCLUDE = 1_000
 """Most ids of one `exclude`."""
 
@@ -291,8 +291,39 @@ def check_k(k: int, limits: LimitsConfig) -> None:
         raise RequestError("k_out_of_range", f"'k' must be between 1 and {limits.k}, got {k}.", field="k")
 
 
+def events_in(raw: bytes) -> Any:
+    """The JSON of POST /v1/events. Text that is no UTF-8 is let through here, so that its event alone is rejected."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        try:
+            return json.loads(raw.decode("utf-8", "surrogateescape"))  # keeps what is no UTF-8 as lone surrogates
+        except (ValueError, RecursionError):
+            raise RequestError("malformed_json", f"The body is not valid JSON: {error}.", status=400) from None
+
+
+def _check_text(value: Any, where: str = "") -> None:
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                subject = f"'{where}'" if where else "A name"
+                raise RequestError(
+                    "bad_utf8", f"{subject} holds bytes that are no UTF-8. Send text as UTF-8.", field=where or None
+                ) from None
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            _check_text(name)
+            _check_text(one, where or name)
+    elif isinstance(value, list):
+        for one in value:
+            _check_text(one, where)
+
+
 def event_of(raw: Any, limits: LimitsConfig, now_s: float) -> NewEvent:
     """One event of a parsed body. Raises RequestError with the reason for its rejection."""
+    _check_text(raw)
     try:
         body = EVENT.validate_python(raw)
     except ValidationError as error:
@@ -302,12 +333,12 @@ def event_of(raw: Any, limits: LimitsConfig, now_s: float) -> NewEvent:
             check_id(name, value, limits)
     if body.value is not None and not math.isfinite(body.value):
         raise RequestError("invalid_value", f"'value' must be a finite number, got {body.value}.", field="value")
-    time_ms = _time_ms(body.time, now_s)
+    time_ms = _time_ms(body.time, now_s, limits.future_s)
     identity = body.event_id or event_identity(body.user_id, body.item_id, body.event, time_ms)
     return NewEvent(body.user_id, body.item_id, body.event, time_ms, body.value, identity, body.request_id, body.context)
 
 
-def _time_ms(given: str | float | None, now_s: float) -> int:
+def _time_ms(given: str | float | None, now_s: float, future_s: float) -> int:
     if given is None:
         return int(now_s * 1000)
     if isinstance(given, str):
@@ -318,7 +349,7 @@ def _time_ms(given: str | float | None, now_s: float) -> int:
         seconds = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     else:
         seconds = given / 1000
-    if not 0 <= seconds <= now_s + FUTURE_S:
+    if not 0 <= seconds <= now_s + future_s:
         why = "lies in the future" if seconds > now_s else "lies before 1970"
         raise RequestError(
             "future_time" if seconds > now_s else "bad_time", f"'time' {why}: {given!r}. Send ISO 8601 or Unix milliseconds.", field="time"

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from deployments.appending import Appender
 from deployments.batching import MicroBatcher
 from deployments.catalogue import CatalogueWrites
 from deployments.ladder import Answer, Ladder, Row, StageCall
@@ -21,7 +22,20 @@ from deployments.live_items import ItemsFollower
 from deployments.monitoring import Monitor
 from deployments.resilience import Deadline, Degraded, called_twice, reason_of
 from deployments.rollout import Rollout
-from deployments.schemas import EXCLUDE, RANK, RECOMMEND, RankBody, RecommendBody, check_id, check_ids, check_k, event_of, parsed, unix_now
+from deployments.schemas import (
+    EXCLUDE,
+    RANK,
+    RECOMMEND,
+    RankBody,
+    RecommendBody,
+    check_id,
+    check_ids,
+    check_k,
+    event_of,
+    events_in,
+    parsed,
+    unix_now,
+)
 from recsys.core import Candidates, Queries
 from recsys.errors import RequestError, StoreError, VersionAbsentError
 from recsys.features.live_items import ItemLog, MemoryItemLog
@@ -71,13 +85,20 @@ class Service:
         monitor: Monitor | None = None,
         why_not: Callable[[str], Awaitable[str | None]] | None = None,
         items: ItemLog | None = None,
+        impressions: ImpressionLog | None = None,
         follower: ItemsFollower | None = None,
     ) -> None:
         self.config, self.rollout, self.store = config, rollout, store
+        append_batch: int = 2_000,
+        ingest_status: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+        counters_state: Callable[[], dict[str, Any]] | None = None,
         self.catalogue = CatalogueWrites(rollout, store, items or MemoryItemLog(), config.limits)
         self._follower = follower
         self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
         self._similar_users_elsewhere = similar_users_elsewhere
+        self._appender = Appender(store, most=append_batch)
+        self._ingest_status, self._counters_state = ingest_status, counters_state
+        self._impressions = impressions
         self._monitor, self._why_not = monitor or Monitor(), why_not
         at_once = AT_ONCE[not elsewhere]
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="funnel")
@@ -259,7 +280,7 @@ class Service:
         events, rejected = await asyncio.to_thread(self._checked, raw) if large else self._checked(raw)
         accepted = duplicates = 0
         if events:
-            result = await self.store.append(events)
+            result = await self._appender.append(events)
             accepted, duplicates = result.accepted, result.duplicates
         self._monitor.events(accepted, duplicates, len(rejected), self._strangers(events))
         self._monitor.request("events", time.perf_counter() - started)
@@ -267,10 +288,7 @@ class Service:
 
     def _checked(self, raw: bytes) -> tuple[list[NewEvent], list[dict[str, Any]]]:
         """What may be stored, and the rejections. One event that came alone is refused as a whole."""
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            raise RequestError("malformed_json", f"The body is not valid JSON: {error}.", status=400) from None
+        body = events_in(raw)
         rows = body if isinstance(body, list) else [body]
         if not rows:
             raise RequestError("empty_list", "The list holds no event. Send at least one.")
@@ -297,7 +315,8 @@ class Service:
     def version(self) -> dict[str, Any]:
         """The body of GET /v1/version."""
         rollout = self.rollout
-        return {
+        live = {"item_counters": self._counters_state()} if self._counters_state is not None else {}
+        return live | {
             "version": rollout.current,
             "aliases": rollout.aliases,
             "held": rollout.held,
@@ -320,6 +339,12 @@ class Service:
 
     async def _in_thread(self, work: Callable[[], Any], deadline: Deadline) -> Any:
         return await asyncio.wait_for(self.in_thread(work), deadline.left_s)
+
+    async def ingest(self) -> dict[str, Any]:
+        """The body of GET /v1/ingest: how far the consumers of the event log are. Raises RequestError (404), StoreError."""
+        if self._ingest_status is None:
+            raise RequestError("not_found", "This service has no consumers of events.", status=404)
+        return await self._ingest_status()
 
     def _deadline(self, wanted_ms: float | None) -> Deadline:
         return Deadline.after(min(wanted_ms or self.config.deadline_ms, self.config.deadline_ms) / 1000)

@@ -115,6 +115,16 @@ class FeatureStoreContract:
 
         self.run(scenario)
 
+    def test_several_callers_in_one_round_each_hear_of_their_own_events(self):
+        async def scenario(store):
+            await store.append([event("v", "old", 1)])
+            calls = [[event("u", "a", 1), event("u", "b", 2)], [], [event("v", "old", 1), event("u", "a", 1)], [event("w", "c", 3)]]
+            assert await store.append_all(calls) == [(2, 0), (0, 0), (0, 2), (1, 0)]
+            assert await store.append_all([]) == []
+            assert await items_of(store, "u") == ["a", "b"]
+
+        self.run(scenario)
+
     def test_impressions_are_logged_but_are_no_history(self):
         async def scenario(store):
             await store.append(

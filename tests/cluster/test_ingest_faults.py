@@ -78,6 +78,38 @@ def test_no_accepted_event_is_lost_or_counted_twice_while_the_store_is_killed_un
     assert sorted(found) == sorted(e.event_id for e in events)
 
 
+def test_a_store_that_was_emptied_goes_on_behind_what_is_in_parquet(tmp_path):
+    config = config_of(tmp_path, partitions=2, keep_h=9.0)
+    events = some_events(60)
+
+    async def scenario(url):
+        redis = connected(url)
+        for told in (events[:40], events[40:]):
+            store = RedisStore(url, config.store, config.history)
+            await store.append(told)
+            ingest = Ingest(config, url, load)
+            await drained(ingest)
+            await ingest.archiving.all()
+            await ingest.close()
+            status = IngestStatus(config, url)
+            said = await status.read()
+            await status.close()
+            await store.close()
+            if told is not events[40:]:
+                await redis.flushall()
+        await redis.aclose()
+        return said
+
+    with EmbeddedValkey(tmp_path / "store") as server:
+        said = asyncio.run(scenario(server.url))
+    assert (said["events"], said["lag"], said["parquet_lag"], said["parquet_rows"]) == (60, 0, 0, 60)
+    table = event_files.read(str(tmp_path / "events"))
+    assert sorted(table["event_id"].to_pylist()) == sorted(e.event_id for e in events)
+    for p, n in event_files.ends(str(tmp_path / "events")).items():
+        mine = [r["position"] for r in table.to_pylist() if r["partition"] == p]
+        assert mine == list(range(n)), "positions go on, and none is used twice"
+
+
 def test_at_the_memory_budget_features_are_forgotten_and_the_log_never_and_it_says_so(tmp_path, caplog):
     """16 MB: histories and counters make room; when the log alone fills it, events are refused with a sentence."""
     config = config_of(tmp_path, partitions=2, keep_h=9.0)

@@ -1,0 +1,39 @@
+"""Bytes that are no UTF-8 in POST /v1/events: the event that holds them is rejected, and no other."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from deployments.schemas import event_of, events_in
+from recsys.errors import RequestError
+from recsys.serve_config import LimitsConfig
+
+GOOD = b'{"user_id": "\xe7\x94\xa8", "item_id": "i", "event": "click", "context": {"a": ["\xc3\xa9"]}}'
+LIMITS = LimitsConfig()
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (b'{"user_id": "a\xff", "item_id": "i", "event": "click"}', "user_id"),
+        (b'{"user_id": "a", "item_id": "\\ud800", "event": "click"}', "item_id"),
+        (b'{"user_id": "a", "item_id": "i", "event": "\xc3("}', "event"),
+        (b'{"user_id": "a", "item_id": "i", "event": "click", "context": {"where": ["x", "\xfe"]}}', "context"),
+    ],
+)
+def test_an_event_with_bytes_that_are_no_text_is_rejected_singly(bad, field):
+    first, second = events_in(b"[" + bad + b"," + GOOD + b"]")
+    with pytest.raises(RequestError) as raised:
+        event_of(first, LIMITS, time.time())
+    assert (raised.value.code, raised.value.field) == ("bad_utf8", field)
+    assert "holds bytes that are no UTF-8. Send text as UTF-8." in str(raised.value)
+    assert event_of(second, LIMITS, time.time()).user_id == "用"
+
+
+@pytest.mark.parametrize("body", [b"", b"[", b'{"a": \xff}', b"\xff", b"[" * 100_000])
+def test_what_is_no_json_at_all_is_refused_whole(body):
+    with pytest.raises(RequestError, match="The body is not valid JSON") as raised:
+        events_in(body)
+    assert raised.value.status == 400
