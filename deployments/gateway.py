@@ -105,7 +105,7 @@ class Gateway:
         follower.start()
         self._rollout = Rollout(
             open_registry(config.place("registry")),
-            follower.loading(loader(*here)),
+            follower.loading(loader(*here), config.rules),
             poll_s=config.serve.registry_poll_s,
             ready=self._why_not if handles else None,
         )

@@ -20,6 +20,7 @@ from deployments.rollout import Load
 from recsys.errors import RayfunnelError, StoreError
 from recsys.features.live_items import ItemLog, ItemRecord
 from recsys.funnel import Funnel
+from recsys.rerank.rules import RulesConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,13 @@ class ItemsFollower:
         self._seldom = Seldom()
         self._thread: threading.Thread | None = None
 
-    def loading(self, load: Load) -> Load:
-        """`load`, and the version it gives is up to date and stays so."""
+    def loading(self, load: Load, rules: RulesConfig | None = None) -> Load:
+        """`load`, and the version it gives is up to date and stays so. It answers by these rules, not by those it was trained with."""
 
         def follow(folder: Path) -> Funnel:
             funnel = load(folder)
+            if rules is not None:
+                funnel.config = funnel.config.model_copy(update={"rules": rules})
             with self._lock:
                 funnel.follow(list(self._held.values()))
                 self._funnels.add(funnel)

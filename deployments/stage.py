@@ -58,7 +58,7 @@ class Stage:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
         follower = ItemsFollower(RedisItemLog(url_of(config), config.store), poll_s=config.serve.items_poll_s)
         follower.start()
-        load = follower.loading(loader(*self.loads))
+        load = follower.loading(loader(*self.loads), config.rules)
         self.rollout = Rollout(open_registry(config.place("registry")), load, poll_s=config.serve.registry_poll_s)
         self.rollout.start()
 

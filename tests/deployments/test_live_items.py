@@ -18,7 +18,8 @@ from deployments.service import Service
 from recsys.errors import StoreUnavailableError
 from recsys.features.live_items import Changes, ItemChange, MemoryItemLog
 from recsys.features.store import MemoryStore
-from recsys.funnel import Funnel
+from recsys.funnel import Funnel, FunnelRequest
+from recsys.rerank.rules import MatchConfig, RulesConfig
 from recsys.serve_config import LimitsConfig, ServeConfig
 from tests.deployments.test_edge import Heard, speak
 from tests.small import Small
@@ -229,6 +230,13 @@ def test_a_log_that_began_anew_is_read_anew(small: Small) -> None:
     follower.poll()
     assert [funnel.shows(funnel.items.row(i)) for i in ("i2", "i4", "i6")] == [True, True, False]
     assert follower.state()["deleted"] == 1
+
+
+def test_rules_are_those_of_the_configuration_that_serves(small: Small) -> None:
+    rules = RulesConfig(blocks=(MatchConfig(column="colour", values=("red",)),))
+    funnel = ItemsFollower(MemoryItemLog(), poll_s=3600).loading(Funnel.load, rules)(small.folder)
+    queries = funnel.queries([FunnelRequest("u0", 5, 1_700_100_000.0)])
+    assert all(int(item.item_id[1:]) % 2 for item in funnel.page(queries, funnel.recommend(queries))[0]), "even ones are red"
 
 
 def test_what_was_shown_anywhere_is_known_everywhere(small: Small) -> None:
