@@ -177,7 +177,7 @@ class KafkaStore(RedisStore):
         marks = await self._redis.mget([self._mark(p, e) for p, e in zip(homes, events, strict=True)])
         new = [(p, record) for p, record, mark in zip(homes, records, marks, strict=True) if mark is None]
         await asyncio.to_thread(self._produce, new)
-        return await self._append(*self._calls(events, [b""] * len(events)), len(events))
+        return await self._append(*self._calls(events, lambda _: b""), len(events))
 
     def _produce(self, records: Sequence[tuple[int, bytes]]) -> None:
         if self._producer is None:

@@ -17,7 +17,7 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -181,9 +181,9 @@ class RedisStore:
 
     async def _told(self, events: Sequence[NewEvent]) -> list[bool]:
         """Log events and update histories; whether each was new."""
-        return await self._append(*self._calls(events, [to_record(e) for e in events]), len(events))
+        return await self._append(*self._calls(events, to_record), len(events))
 
-    def _calls(self, events: Sequence[NewEvent], records: Sequence[bytes]) -> tuple[list[list[Any]], list[list[int]]]:
+    def _calls(self, events: Sequence[NewEvent], record: Callable[[NewEvent], bytes]) -> tuple[list[list[Any]], list[list[int]]]:
         """The arguments of each Lua call, at most EVENTS_A_CALL events of one partition in the order they came; and which."""
         by_partition: dict[int, list[int]] = defaultdict(list)
         for i, event in enumerate(events):
@@ -196,7 +196,7 @@ class RedisStore:
                 for i in mine[a : a + EVENTS_A_CALL]:
                     event = events[i]
                     keys += [self._mark(partition, event), self._key(partition, "h:", event.user_id)]
-                    values += [to_entry(event) if self.history.admits(event.event) else b"", records[i]]
+                    values += [to_entry(event) if self.history.admits(event.event) else b"", record(event)]
                 calls.append([len(keys), *keys, *values])
                 which.append(mine[a : a + EVENTS_A_CALL])
         return calls, which

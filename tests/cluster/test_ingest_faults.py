@@ -14,6 +14,7 @@ from cluster.embedded import EmbeddedValkey
 from cluster.ingest import Ingest
 from cluster.ingest_run import Consumers, IngestStatus
 from cluster.redis_store import RedisStore, connected
+from deployments.schemas import event_of
 from recsys.data import event_files
 from recsys.errors import RequestError, StoreUnavailableError
 from recsys.serve_config import LimitsConfig
@@ -153,8 +154,6 @@ def test_at_the_memory_budget_features_are_forgotten_and_the_log_never_and_it_sa
 
 
 def test_clocks_that_disagree_a_little_are_taken_as_they_are_and_far_ones_are_refused_singly():
-    from deployments.schemas import event_of
-
     limits, now = LimitsConfig(future_s=60), LONG_AGO / 1000
     raw = {"user_id": "u", "item_id": "i", "event": "click"}
     assert event_of(raw | {"time": LONG_AGO + 59_000}, limits, now).time_ms == LONG_AGO + 59_000

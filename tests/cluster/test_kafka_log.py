@@ -13,7 +13,7 @@ from cluster.ingest_status import status
 from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
 from cluster.redis_store import connected
 from recsys.data import event_files
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, StoreUnavailableError
 from recsys.ingest_config import KafkaLogConfig
 from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, until
 
@@ -55,10 +55,16 @@ def test_events_told_again_and_consumers_that_die_change_nothing(broker, url, tm
         store = KafkaStore(url, log, config.store, config.history)
         assert await store.append(events[:50]) == (50, 0)
         assert await store.append(events[40:80]) == (30, 10), "what is known is not produced again"
-        redis = connected(url)
-        for key in [key async for key in redis.scan_iter(match=f"{config.store.prefix}:{{*}}:e:*")]:
-            await redis.delete(key)  # as if the answer of the store had been lost
-        assert await store.append(events[60:]) == (60, 0), "20 of them stand in the topic twice now"
+        redis, append = connected(url), store._append
+
+        async def away(*_):
+            raise StoreUnavailableError("the store went away between the two")
+
+        store._append = away
+        with pytest.raises(StoreUnavailableError):
+            await store.append(events[80:100])
+        store._append = append
+        assert await store.append(events[80:]) == (40, 0), "20 of them stand in the topic twice now"
         ingests = [Ingest(config, url, load, log_of=lambda _: KafkaLog(log, PARTITIONS, patience_ms=500)) for _ in range(2)]
         await ingests[0].lead()
         for _ in range(3):

@@ -32,16 +32,16 @@ def shipped(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return whole, deployments(build(ServeArgs.model_validate(app["args"])))
 
 
-def test_local_is_the_gateway_and_the_store() -> None:
+def test_local_is_the_gateway_the_store_and_the_consumers() -> None:
     whole, built = shipped("local.yaml")
-    assert sorted(built) == ["gateway", "store"]
+    assert sorted(built) == ["gateway", "ingest", "store"]
     assert whole["http_options"]["host"] == "127.0.0.1"
     assert built["gateway"].num_replicas == 2
 
 
 def test_cluster_has_every_stage_autoscaled_on_its_own_terms() -> None:
     _, built = shipped("cluster.yaml")
-    assert sorted(built) == sorted([*STAGES, "gateway", "store"])
+    assert sorted(built) == sorted([*STAGES, "gateway", "ingest", "store"])
     scaling = {name: built[name]._deployment_config.autoscaling_config for name in (*STAGES, "gateway")}
     assert {name: (s.min_replicas, s.max_replicas) for name, s in scaling.items()} == {
         "gateway": (2, 8),
@@ -55,7 +55,7 @@ def test_cluster_has_every_stage_autoscaled_on_its_own_terms() -> None:
 
 def test_gpu_books_a_gpu_for_recall_and_none_for_its_stand_in() -> None:
     _, built = shipped("gpu.yaml")
-    assert sorted(built) == sorted([*STAGES, "gateway", "store", "recall_stand_in"])
+    assert sorted(built) == sorted([*STAGES, "gateway", "ingest", "store", "recall_stand_in"])
     assert built["recall"].ray_actor_options["num_gpus"] == 1
     assert built["recall_stand_in"].ray_actor_options["num_gpus"] == 0
 
@@ -83,6 +83,6 @@ def test_replicas_get_absolute_places_and_their_own_options(tmp_path: Path, monk
         stages=StagesConfig(fine_rank=ReplicasConfig(min_replicas=3, max_replicas=3, num_cpus=0.2)),
     )
     built = deployments(application(config.model_copy(update={"serve": serving, "redis_url": "redis://somewhere"})))
-    assert sorted(built) == ["fine_rank", "gateway"]  # a Redis of the user's own needs no owner
+    assert sorted(built) == ["fine_rank", "gateway", "ingest"]  # a Redis of the user's own needs no owner
     assert built["fine_rank"].num_replicas == 3
     assert built["fine_rank"].ray_actor_options["num_cpus"] == 0.2
