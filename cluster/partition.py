@@ -11,7 +11,8 @@ Keys of partition p, one hash slot (beside those of `cluster.redis_store`):
     rf:{p}:snapshot       string: the item side's values at one time, for rankers; TTL
 
 Two owners cannot both apply: taking a partition over raises its epoch, and a script of an older epoch changes nothing. A step
-whose answer was lost is not repeated: the position that it begins at has moved on.
+whose answer was lost is not repeated: the position that it begins at has moved on. Consumers go on where the server is out of
+memory (`allow-oom`, Redis 7 or Valkey): only they can make room, by bringing the log to Parquet and trimming it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from redis.asyncio import Redis
 
 from recsys.errors import RayfunnelError, StoreError
 
-CLAIM = """
+CLAIM = """#!lua flags=allow-oom
 -- KEYS: owned. ARGV: owner, lease ms. Answers epoch, at, n; or 0 and the ms for which somebody else has it.
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -35,14 +36,14 @@ local epoch = tonumber(held[3] or '0') + 1
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'until', now + ARGV[2], 'epoch', epoch)
 return {epoch, held[4] or '', tonumber(held[5] or '0')}
 """
-RENEW = """
+RENEW = """#!lua flags=allow-oom
 -- KEYS: owned. ARGV: epoch, lease ms (0 gives it free). Answers whether it is still ours.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
 local t = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'until', t[1] * 1000 + math.floor(t[2] / 1000) + ARGV[2])
 return 1
 """
-APPLY = """
+APPLY = """#!lua flags=allow-oom
 -- Users. KEYS: owned, dead, counters of each user, marks. ARGV: epoch, at before, at after, n after, rows, TTL s, dead letters kept, users,
 -- dead letters (number, then position, record, reason of each), per user: known, fields, gone, then field and value of each, then the
 -- fields gone; then mark TTL s and the value of each mark. Answers the numbers of users that were known and are not there any more.
@@ -78,7 +79,7 @@ for i = 3 + users, #KEYS do
 end
 return lost
 """
-COUNT = """
+COUNT = """#!lua flags=allow-oom
 -- Items. KEYS: owned, from, items. ARGV: epoch, TTL s, sources, per source: number, before, after; fields, then field and value of each;
 -- then the fields gone. Answers how many fields there are.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return redis.error_reply('FENCED another owner has the partition') end

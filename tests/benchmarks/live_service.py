@@ -72,7 +72,15 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
-        """Status and JSON of the answer."""
+        """Status and JSON of the answer. HAProxy closes idle connections when it takes over a new list of servers: then once more."""
+        for _ in range(3):
+            try:
+                return await self._asked(method, path, body)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                self.close()
+        return await self._asked(method, path, body)
+
+    async def _asked(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(self._host.hostname, self._host.port, limit=1 << 22)
         assert self._reader is not None

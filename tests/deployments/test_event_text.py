@@ -1,4 +1,4 @@
-"""Bytes that are no UTF-8 in POST /v1/events: the event that holds them is rejected, and no other."""
+"""Events that cannot be taken as they are, in POST /v1/events: bytes that are no UTF-8, clocks that are wrong; no other event suffers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from recsys.serve_config import LimitsConfig
 
 GOOD = b'{"user_id": "\xe7\x94\xa8", "item_id": "i", "event": "click", "context": {"a": ["\xc3\xa9"]}}'
 LIMITS = LimitsConfig()
+NOW_MS = 1_700_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,12 @@ def test_what_is_no_json_at_all_is_refused_whole(body):
     with pytest.raises(RequestError, match="The body is not valid JSON") as raised:
         events_in(body)
     assert raised.value.status == 400
+
+
+def test_clocks_that_disagree_a_little_are_taken_as_they_are_and_far_ones_are_refused_singly():
+    limits, now = LimitsConfig(future_s=60), NOW_MS / 1000
+    raw = {"user_id": "u", "item_id": "i", "event": "click"}
+    assert event_of(raw | {"time": NOW_MS + 59_000}, limits, now).time_ms == NOW_MS + 59_000
+    assert event_of(raw | {"time": NOW_MS - 10**10}, limits, now).time_ms == NOW_MS - 10**10, "late is late, not wrong"
+    with pytest.raises(RequestError, match="lies in the future"):
+        event_of(raw | {"time": NOW_MS + 61_000}, limits, now)
