@@ -283,6 +283,45 @@ def retrain(
     retraining.retrain(load(config, settings), out, since=since, events=events, promote=promote, anew=anew)
 
 
+@app.command(rich_help_panel=DATA)
+def impressions(
+    config: ConfigFiles,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Parquet of the labelled examples.")],
+    settings: Settings = None,
+    *,
+    folder: Annotated[str | None, typer.Option(metavar="FOLDER", help="Logged impressions. Default: the workdir's.")] = None,
+    events: Annotated[str | None, typer.Option(metavar="PATH", help="Live events as Parquet. Default: the workdir's.")] = None,
+    window_h: Annotated[float, typer.Option(min=0.0, help="How long after a page an event of its request counts.")] = 24.0,
+) -> None:
+    """Join what was shown with what was then done, by request id, into labelled examples: each shown item once.
+
+    Example: rayfunnel impressions -c configs/movielens.yaml --output examples.parquet
+    """
+    from cluster import impressions_report
+
+    impressions_report.join(load(config, settings), out, output=output, folder=folder, events=events, window_h=window_h)
+
+
+@app.command(rich_help_panel=DATA)
+def skew(
+    config: ConfigFiles,
+    settings: Settings = None,
+    *,
+    folder: Annotated[str | None, typer.Option(metavar="FOLDER", help="Logged impressions. Default: the workdir's.")] = None,
+    events: Annotated[str | None, typer.Option(metavar="PATH", help="Live events as Parquet. Default: the workdir's.")] = None,
+) -> None:
+    """Compute the logged feature values once more from the log, as of what each page knew, and report what differs.
+
+    None is expected. Exit code 1 where there is any.
+
+    Example: rayfunnel skew -c configs/kuairand_live.yaml
+    """
+    from cluster import impressions_report
+
+    if impressions_report.skew(load(config, settings), out, folder=folder, events=events):
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel=MODEL)
 def tune(
     config: ConfigFiles,
@@ -432,45 +471,6 @@ def features_describe(config: ConfigFiles, settings: Settings = None) -> None:
     features_report.describe(load(config, settings), out)
 
 
-# Configuration.
-
-
-@config_app.command("check")
-def config_check(config: ConfigFiles, settings: Settings = None) -> None:
-    """Name every fault at once: file, line, key, value, what was expected, the nearest valid name. Exit code 2 if any.
-
-    Example: rayfunnel config check -c mine.yaml
-    """
-    from recsys.config import read
-
-    loaded = read(config, settings or ())
-    if not loaded.faults:
-        out.print(f"{', '.join(str(file) for file in config)}: no faults.")
-        return
-    table = Table(header_style="bold")
-    for column in ("where", "key", "value", "fault", "did you mean"):
-        table.add_column(column, overflow="fold")
-    for fault in loaded.faults:
-        table.add_row(
-            *(escape(text) for text in (str(fault.origin), fault.path.rstrip(":"), fault.shown, fault.sentence, fault.hint or ""))
-        )
-    (err if err.is_terminal else Console(stderr=True, width=180)).print(table)  # a file has no edge to wrap at
-    err.print(f"[red]{len(loaded.faults)} fault{'s' if len(loaded.faults) > 1 else ''}.[/] Every key is explained in configs/base.yaml.")
-    raise typer.Exit(2)
-
-
-@config_app.command("show")
-def config_show(
-    config: ConfigFiles,
-    settings: Settings = None,
-    origins: Annotated[bool, typer.Option("--origins", help="Say beside each value which file and line it comes from.")] = False,
-    documented: Annotated[bool, typer.Option("--documented", help="Explain every key in a comment.")] = False,
-) -> None:
-    """Print what all files and settings add up to, as YAML that can be used as a file. Passwords are masked.
-
-    Example: rayfunnel config show -c configs/movielens.yaml --origins
-    """
-    from recsys import config_manual
 # Events.
 
 
@@ -529,6 +529,45 @@ def ingest_dead_letters(
     ingest_cli.show_dead_letters(load(config, settings), most, out, as_json=json)
 
 
+# Configuration.
+
+
+@config_app.command("check")
+def config_check(config: ConfigFiles, settings: Settings = None) -> None:
+    """Name every fault at once: file, line, key, value, what was expected, the nearest valid name. Exit code 2 if any.
+
+    Example: rayfunnel config check -c mine.yaml
+    """
+    from recsys.config import read
+
+    loaded = read(config, settings or ())
+    if not loaded.faults:
+        out.print(f"{', '.join(str(file) for file in config)}: no faults.")
+        return
+    table = Table(header_style="bold")
+    for column in ("where", "key", "value", "fault", "did you mean"):
+        table.add_column(column, overflow="fold")
+    for fault in loaded.faults:
+        table.add_row(
+            *(escape(text) for text in (str(fault.origin), fault.path.rstrip(":"), fault.shown, fault.sentence, fault.hint or ""))
+        )
+    (err if err.is_terminal else Console(stderr=True, width=180)).print(table)  # a file has no edge to wrap at
+    err.print(f"[red]{len(loaded.faults)} fault{'s' if len(loaded.faults) > 1 else ''}.[/] Every key is explained in configs/base.yaml.")
+    raise typer.Exit(2)
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFiles,
+    settings: Settings = None,
+    origins: Annotated[bool, typer.Option("--origins", help="Say beside each value which file and line it comes from.")] = False,
+    documented: Annotated[bool, typer.Option("--documented", help="Explain every key in a comment.")] = False,
+) -> None:
+    """Print what all files and settings add up to, as YAML that can be used as a file. Passwords are masked.
+
+    Example: rayfunnel config show -c configs/movielens.yaml --origins
+    """
+    from recsys import config_manual
     from recsys.config import read
 
     loaded = read(config, settings or ())

@@ -14,6 +14,7 @@ from cluster.kafka_log import feature_store
 from cluster.redis_items import RedisItemLog
 from cluster.registry import open_registry
 from deployments.edge import Edge
+from deployments.impressions import ImpressionLog
 from deployments.ladder import StageCall
 from deployments.live_counters import CountersFollower
 from deployments.live_items import ItemsFollower
@@ -123,12 +124,13 @@ class Gateway:
             similar_users_elsewhere=self._handles.similar_users if "recall" in handles else None,
             monitor=ServeMonitor(),
             why_not=self._handles.why_not if handles else None,
+            impressions=ImpressionLog(f"{config.root}/impressions", config.serve.impressions) if "://" not in config.root else None,
             items=items,
             follower=follower,
-        )
             append_batch=config.store.append_batch,
             ingest_status=IngestStatus(config, url_of(config)).read,
             counters_state=counters.state if counters is not None else None,
+        )
 
     def __serve_build_asgi_app__(self) -> Edge:
         return Edge(self._service)

@@ -35,6 +35,7 @@ each would cost every batch what only a late one needs."""
 
 ReadStates = Callable[[Sequence[str]], Awaitable[list[UserState]]]
 OnBatch = Callable[[int, Mapping[str, float], Sequence[Degraded]], None]
+OnPage = Callable[["Shown"], None]
 
 
 class StageCall(Protocol):
@@ -60,6 +61,19 @@ class Row:
     deadline: Deadline
     answer: asyncio.Future[Answer]
     batch: Batch | None = None
+    request_id: str = ""
+    """Names the page in the log of impressions; empty: it is not logged."""
+
+
+class Shown(NamedTuple):
+    """An answered page: that of query `b` of its batch."""
+
+    row: Row
+    page: list[PageItem]
+    queries: Queries | None
+    b: int
+    funnel: Funnel
+    degraded: tuple[Degraded, ...]
 
 
 class View(NamedTuple):
@@ -114,7 +128,9 @@ class Ladder:
         timeouts_ms: TimeoutsConfig,
         executor: Executor,
         on_batch: OnBatch | None = None,
+        on_page: OnPage | None = None,
     ) -> None:
+        self._on_page = on_page
         self._read_states, self._elsewhere, self._executor, self._on_batch = read_states, elsewhere, executor, on_batch
         self._seldom = Seldom()
         self._timeout_s: dict[str, float] = {name: ms / 1000 for name, ms in timeouts_ms.model_dump().items()}
@@ -227,10 +243,12 @@ class Ladder:
     def _fulfil(self, batch: Batch) -> None:
         if len(batch.view.pages) != len(batch.view.rows):
             batch.view = _taken(batch.funnel, "page", batch.view)
-        _, _, _, degraded, pages = batch.view
-        for row, page in zip(batch.view.rows, pages, strict=True):
+        _, queries, _, degraded, pages = batch.view
+        for b, (row, page) in enumerate(zip(batch.view.rows, pages, strict=True)):
             if not row.answer.done():
                 row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings))
+                if row.request_id and self._on_page is not None:
+                    self._on_page(Shown(row, page, queries, b, batch.funnel, degraded))
         if self._on_batch is not None:
             self._on_batch(len(batch.view.rows), batch.timings, degraded)
 

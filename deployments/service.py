@@ -17,7 +17,8 @@ import orjson
 from deployments.appending import Appender
 from deployments.batching import MicroBatcher
 from deployments.catalogue import CatalogueWrites
-from deployments.ladder import Answer, Ladder, Row, StageCall
+from deployments.impressions import ImpressionLog
+from deployments.ladder import Answer, Ladder, Row, Shown, StageCall
 from deployments.live_items import ItemsFollower
 from deployments.monitoring import Monitor
 from deployments.resilience import Deadline, Degraded, called_twice, reason_of
@@ -84,21 +85,21 @@ class Service:
         similar_users_elsewhere: SimilarUsersCall | None = None,
         monitor: Monitor | None = None,
         why_not: Callable[[str], Awaitable[str | None]] | None = None,
-        items: ItemLog | None = None,
         impressions: ImpressionLog | None = None,
+        items: ItemLog | None = None,
         follower: ItemsFollower | None = None,
-    ) -> None:
-        self.config, self.rollout, self.store = config, rollout, store
         append_batch: int = 2_000,
         ingest_status: Callable[[], Awaitable[dict[str, Any]]] | None = None,
         counters_state: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        self.config, self.rollout, self.store = config, rollout, store
         self.catalogue = CatalogueWrites(rollout, store, items or MemoryItemLog(), config.limits)
         self._follower = follower
-        self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
-        self._similar_users_elsewhere = similar_users_elsewhere
         self._appender = Appender(store, most=append_batch)
         self._ingest_status, self._counters_state = ingest_status, counters_state
         self._impressions = impressions
+        self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
+        self._similar_users_elsewhere = similar_users_elsewhere
         self._monitor, self._why_not = monitor or Monitor(), why_not
         at_once = AT_ONCE[not elsewhere]
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="funnel")
@@ -108,6 +109,7 @@ class Service:
             timeouts_ms=config.timeouts_ms,
             executor=self._pool,
             on_batch=self._monitor.batch,
+            on_page=self._log_page,
         )
         self._batcher: MicroBatcher[Row] = MicroBatcher(
             self._run, max_size=config.micro_batch.max_size, wait_s=config.micro_batch.wait_ms / 1000, at_once=at_once
@@ -137,15 +139,27 @@ class Service:
             boosts=[(one, b.factor) for b in body.boosts for one in funnel.filters.parse(b.filter) or ()],
             pins=[(p.item_id, p.place) for p in body.pins],
         )
-        answer = await self._answered(funnel, request, self._deadline(body.timeout_ms))
+        answer = await self._answered(funnel, request, self._deadline(body.timeout_ms), body.request_id or request_id)
         if self._follower is not None:
             self._follower.note(item.item_id for item in answer.items)
         self._monitor.request("recommend", time.perf_counter() - started)
         return _shown(answer, body.request_id or request_id, started)
 
-    async def _answered(self, funnel: Funnel, request: FunnelRequest, deadline: Deadline) -> Answer:
+    def _log_page(self, shown: Shown) -> None:
+        """A sampled page goes to the log of impressions; a fault there must not reach the answers."""
+        if self._impressions is None:
+            return
+        try:
+            self._impressions.put(shown)
+        except Exception:
+            self._impressions.failed += 1
+            log.exception("A page could not be logged.")
+
+    async def _answered(self, funnel: Funnel, request: FunnelRequest, deadline: Deadline, request_id: str) -> Answer:
         loop = asyncio.get_running_loop()
         row = Row(request, deadline, loop.create_future())
+        if self._impressions is not None and self._impressions.wants(request_id):
+            row.request_id = request_id
         # What shares a batch shares the version, the depth of its stages and whether ranks are noted on the way.
         self._batcher.put((funnel.version, funnel.lane(request.k), request.explain), row)
         timer = loop.call_later(deadline.left_s, self._ladder.answer_early, row, funnel)
@@ -325,6 +339,12 @@ class Service:
             "data_plane": self.config.data_plane,
         } | ({"items": self._follower.state()} if self._follower is not None else {})
 
+    async def ingest(self) -> dict[str, Any]:
+        """The body of GET /v1/ingest: how far the consumers of the event log are. Raises RequestError (404), StoreError."""
+        if self._ingest_status is None:
+            raise RequestError("not_found", "This service has no consumers of events.", status=404)
+        return await self._ingest_status()
+
     async def check_ready(self) -> str:
         """The version that answers, once every stage elsewhere has held it. Raises RequestError (503) until then."""
         funnel = self.rollout.funnel()
@@ -339,12 +359,6 @@ class Service:
 
     async def _in_thread(self, work: Callable[[], Any], deadline: Deadline) -> Any:
         return await asyncio.wait_for(self.in_thread(work), deadline.left_s)
-
-    async def ingest(self) -> dict[str, Any]:
-        """The body of GET /v1/ingest: how far the consumers of the event log are. Raises RequestError (404), StoreError."""
-        if self._ingest_status is None:
-            raise RequestError("not_found", "This service has no consumers of events.", status=404)
-        return await self._ingest_status()
 
     def _deadline(self, wanted_ms: float | None) -> Deadline:
         return Deadline.after(min(wanted_ms or self.config.deadline_ms, self.config.deadline_ms) / 1000)
@@ -364,6 +378,8 @@ class Service:
     async def close(self) -> None:
         """Finish what is under way."""
         await self._batcher.drain()
+        if self._impressions is not None:
+            await self._impressions.stop()
         self.rollout.stop()
         if self._follower is not None:
             await asyncio.to_thread(self._follower.stop)

@@ -25,6 +25,7 @@ LAYERS = (
     ("config_faults", "config_file", "config_manual", "serve_config", "ingest_config", "retrain_config", "places", "config"),
     ("bundle", "prepared", "onboarding"),
     ("channels", "delta", "funnel"),
+    ("impressions", "skew"),
     ("examples", "packing", "blending", "recipe", "continued", "rolling", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""

@@ -38,6 +38,8 @@ class Asked:
     times: np.ndarray
     rows: np.ndarray
     context: dict[str, np.ndarray] = field(default_factory=dict)
+    clock: np.ndarray | None = None
+    """(n,) instants whose hours and weekdays are parts of keys, where those are others than `times`."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -85,7 +87,7 @@ class AsOf:
         """The raw value of every aggregate of the groups (default: all) at each instant, without the crosses."""
         out: Raw = {}
         for group in self.plan.groups if groups is None else groups:
-            codes = self._key(group.key, asked.users, asked.items, asked.times, asked.context)
+            codes = self._key(group.key, asked.users, asked.items, asked.times if asked.clock is None else asked.clock, asked.context)
             for f in group.features:
                 out[f.name] = self._value(f, group, codes, asked)
         return out

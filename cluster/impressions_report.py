@@ -1,0 +1,63 @@
+"""What is made of logged impressions: labelled examples, and the check of their feature values against the log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from cluster import pipeline
+from cluster.registry import open_registry
+from recsys import impressions
+from recsys.config import Config
+from recsys.core import canonical_id
+from recsys.data import live_log
+from recsys.data.events import load
+from recsys.errors import BundleError
+from recsys.features.generate import told
+from recsys.funnel import Funnel
+from recsys.skew import Report, compared
+
+
+def join(config: Config, console: Console, *, output: Path, folder: str | None, events: str | None, window_h: float) -> int:
+    """Write the labelled examples of all logged pages; returns how many. The file is whole or not there."""
+    shown = impressions.read(folder or f"{config.root}/impressions")
+    examples, account = impressions.joined(shown, live_log.read(events or config.place("events")), window_s=window_h * 3_600)
+    unfinished = output.with_name(f".unfinished-{output.name}")
+    try:
+        pq.write_table(examples, unfinished)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    table = Table("", "", title=str(output), title_justify="left", header_style="bold")
+    for what, n in account.items():
+        table.add_row(what, f"{n:,}")
+    console.print(table)
+    return len(examples)
+
+
+def skew(config: Config, console: Console, *, folder: str | None, events: str | None) -> int:
+    """Print the report by feature; returns the mismatches."""
+    shown = impressions.read(folder or f"{config.root}/impressions")
+    root = events or config.place("events")
+    pipeline.fetch(config, console)
+    # A version that was trained on the log alone has pages from before the first event came in.
+    live_log.read(root)
+    data = config.data.model_copy(update={"interactions": config.data.interactions.model_copy(update={"live": str(Path(root).absolute())})})
+    log = load(data, config.base).interactions
+    registry, report = open_registry(config.place("registry")), Report()
+    for version in sorted({canonical_id(v) for v in shown["model_version"].to_pylist()}):
+        try:
+            bundle = registry.local_copy(version, contents=False)
+        except BundleError:
+            console.print(f"{version} is not in the registry any more; its pages are left out")
+            continue
+        compared(shown, Funnel.load(bundle, stages=("fine_rank",)), log, told(log, config.history), report)
+    table = Table("feature", "compared", "mismatches", "largest", "for example", header_style="bold")
+    for name, found in sorted(report.features.items(), key=lambda e: -e[1].mismatches):
+        table.add_row(name, f"{found.compared:,}", f"{found.mismatches:,}", f"{found.largest:.2g}", found.example)
+    console.print(table)
+    console.print(f"{report.pages:,} pages compared, {report.without:,} without values: {report.mismatches:,} mismatches")
+    return report.mismatches

@@ -1,0 +1,226 @@
+"""Impressions: what was shown, to whom, where, by which version, and the feature values that it was ranked by. As Parquet.
+
+    <workdir>/impressions/1700000000123-1a2b3c4d-000001.parquet     rows of one gateway replica, whole or not there
+
+One row a page. `joined` makes labelled examples of them: an item of a page is a positive where a later event of that user names
+the page's request and the item. A request counts once, however often its page or its clicks were written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys.core import Queries
+from recsys.data.sources import IMPRESSION
+from recsys.errors import DataError
+from recsys.features.inputs import Live
+from recsys.features.states import StateSource
+from recsys.funnel import FunnelRequest, PageItem
+
+FORMAT = "1"
+SCHEMA = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("user_id", pa.string()),
+        ("time_ms", pa.int64()),
+        ("at_s", pa.float64()),
+        ("model_version", pa.string()),
+        ("variant", pa.string()),
+        ("context", pa.string()),
+        ("degraded", pa.list_(pa.string())),
+        ("items", pa.list_(pa.string())),
+        ("positions", pa.list_(pa.int16())),
+        ("propensities", pa.list_(pa.float32())),
+        ("scores", pa.list_(pa.float32())),
+        ("snapshot_s", pa.float64()),
+        ("user_newest_s", pa.float64()),
+        ("query_features", pa.map_(pa.string(), pa.list_(pa.float32()))),
+        ("item_features", pa.map_(pa.string(), pa.list_(pa.float32()))),
+    ],
+    metadata={"rayfunnel.impressions": FORMAT},
+)
+"""at_s: the request's own instant, which values are of; positions from 1; propensities: the probability that the item stood there, 1 where nothing was drawn; snapshot_s: the item
+snapshot's instant, user_newest_s: the newest event that the user's counters held (null: none); query_features: W values of a
+feature, item_features: W values an item, one item after the other. Values are the ranker's inputs, after scaling."""
+
+
+class Used(NamedTuple):
+    """The aggregates that the fine ranker saw of a batch: items (B, N), fields of the queries (B, …) and of the pairs (B, N, W),
+    and the item snapshot's instant."""
+
+    items: np.ndarray
+    query_fields: Mapping[str, np.ndarray]
+    pair_fields: Mapping[str, np.ndarray]
+    snapshot_s: float | None
+
+
+class Impression(NamedTuple):
+    """One page as it is logged; the columns of SCHEMA."""
+
+    request_id: str
+    user_id: str
+    time_ms: int
+    at_s: float
+    model_version: str
+    variant: str
+    context: str
+    degraded: list[str]
+    items: list[str]
+    positions: list[int]
+    propensities: list[float]
+    scores: list[float]
+    snapshot_s: float | None
+    user_newest_s: float | None
+    query_features: list[tuple[str, list[float]]]
+    item_features: list[tuple[str, list[float]]]
+
+
+def picked(queries: Queries | None, row: int, items: np.ndarray) -> Used | None:
+    """What the ranker saw of the page `items` (k,) of one query of a batch, by itself: the batch need not be kept. None: it saw nothing."""
+    held = queries.memo.get("used") if queries is not None else None
+    if held is None:
+        return None
+    seen = Used(*held)
+    slot = {int(item): n for n, item in enumerate(seen.items[row]) if item >= 0}
+    at = [slot.get(int(item), -1) for item in items]
+    # An item that the ranker did not score, such as a pin, has no values: nor has its page then.
+    pairs = {n: np.array(x[row, at], np.float32) for n, x in seen.pair_fields.items()} if at and min(at) >= 0 else {}
+    return Used(items, {n: np.array(x[row], np.float32) for n, x in seen.query_fields.items()}, pairs, seen.snapshot_s)
+
+
+def impression(
+    request: FunnelRequest,
+    request_id: str,
+    page: Sequence[PageItem],
+    seen: Used | None,
+    *,
+    version: str,
+    variant: str = "",
+    degraded: Sequence[str] = (),
+    live: Live | None = None,
+) -> Impression:
+    """The record of one answered page; `seen` is of `picked`."""
+    queried = [(n, x.reshape(-1).tolist()) for n, x in seen.query_fields.items()] if seen is not None else []
+    paired = [(n, x.reshape(-1).tolist()) for n, x in seen.pair_fields.items()] if seen is not None else []
+    n = len(page)
+    return Impression(
+        request_id,
+        request.user_id,
+        round(request.at * 1000),
+        request.at,
+        version,
+        variant,
+        json.dumps(dict(request.context), default=str),
+        list(degraded),
+        [item.item_id for item in page],
+        list(range(1, n + 1)),
+        [1.0] * n,
+        [item.score for item in page],
+        None if seen is None else seen.snapshot_s,
+        newest_of(request, live),
+        queried,
+        paired,
+    )
+
+
+def newest_of(request: FunnelRequest, live: Live | None) -> float | None:
+    """The newest event that a user's counters hold: those that the store gave, else the bundle's."""
+    if live is None or not isinstance(live.source, StateSource):
+        return None
+    source = live.source
+    states = source.stream.unpack(request.counters) if request.counters else source.read_user(request.user_id) or {}
+    newest = max((s.newest for s in states.values()), default=-math.inf)
+    return newest if math.isfinite(newest) else None
+
+
+def table_of(impressions: Sequence[Impression]) -> pa.Table:
+    """Records in the columns of the layout."""
+    columns = zip(*impressions, strict=True) if impressions else [[] for _ in SCHEMA]
+    return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+
+def read(root: str) -> pa.Table:
+    """Every impression under a folder, each request once, by time. DataError for none, or another format."""
+    files = sorted(p for p in Path(root).rglob("*.parquet") if not p.name.startswith("."))
+    if not files:
+        raise DataError(f"'{root}' holds no impressions. Set serve.impressions.sample above 0 and let the service answer.")
+    parts = []
+    for file in files:
+        schema = pq.read_schema(file)
+        if (found := (schema.metadata or {}).get(b"rayfunnel.impressions", b"none").decode()) != FORMAT:
+            raise DataError(f"'{file}' has format {found} of impressions, this code reads {FORMAT}. Move it away, or run its release.")
+        parts.append(pq.read_table(file, schema=SCHEMA, partitioning=None))
+    table = pa.concat_tables(parts)
+    _, first = np.unique(np.array(table["request_id"].to_pylist(), object).astype(str), return_index=True)
+    table = table.take(pa.array(np.sort(first)))
+    return table.take(pc.sort_indices(table, sort_keys=[("time_ms", "ascending"), ("request_id", "ascending")]))
+
+
+EXAMPLES = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("event", pa.string()),
+        ("time_ms", pa.int64()),
+        ("label", pa.int8()),
+        ("position", pa.int16()),
+        ("propensity", pa.float32()),
+        ("model_version", pa.string()),
+        ("context", pa.string()),
+    ]
+)
+
+
+def joined(
+    impressions: pa.Table, events: pa.Table, *, window_s: float, positives: Sequence[str] | None = None
+) -> tuple[pa.Table, dict[str, int]]:
+    """One labelled example a shown item, and an account.
+
+    Label 1 where an event of `positives` (default: all but impression and view) names the request, the item and the same user,
+    from the page's time to `window_s` later; `event` is then the first such event's type, else impression. Equal event ids count once.
+    """
+    shown: dict[tuple[str, str], tuple[str, int]] = {}
+    for request, user, time, items in zip(
+        *(impressions[c].to_pylist() for c in ("request_id", "user_id", "time_ms", "items")), strict=True
+    ):
+        shown |= {(request, item): (user, time) for item in items}
+    account = {"clicks": 0, "of no logged page": 0, "outside the window": 0, "repeated": 0}
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    told: set[str] = set()
+    columns = ("user_id", "item_id", "event", "time_ms", "request_id", "event_id")
+    for user, item, event, time, request, event_id in zip(*(events[c].to_pylist() for c in columns), strict=True):
+        if request is None or (event in {IMPRESSION, "view"} if positives is None else event not in positives):
+            continue
+        if event_id in told:
+            account["repeated"] += 1
+            continue
+        told.add(event_id)
+        page = shown.get((request, item))
+        if page is None or page[0] != user:
+            account["of no logged page"] += 1
+        elif not page[1] <= time <= page[1] + 1000 * window_s:
+            account["outside the window"] += 1
+        else:
+            account["clicks"] += 1
+            first[request, item] = min(first.get((request, item), (time, event)), (time, event))
+    out: dict[str, list[Any]] = {name: [] for name in EXAMPLES.names}
+    for row in impressions.select(
+        ["request_id", "user_id", "time_ms", "model_version", "context", "items", "positions", "propensities"]
+    ).to_pylist():
+        for item, position, propensity in zip(row["items"], row["positions"], row["propensities"], strict=True):
+            hit = first.get((row["request_id"], item))
+            values = (row["request_id"], row["user_id"], item, hit[1] if hit else IMPRESSION, row["time_ms"], int(hit is not None))
+            for name, value in zip(out, (*values, position, propensity, row["model_version"], row["context"]), strict=True):
+                out[name].append(value)
+    account |= {"pages": len(impressions), "examples": len(out["label"]), "positives": sum(out["label"])}
+    return pa.table(out, schema=EXAMPLES), account

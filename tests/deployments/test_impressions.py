@@ -1,0 +1,81 @@
+"""The log of impressions of a replica: sampled by request, bounded, whole files, and never in the way of an answer."""
+
+import asyncio
+
+import orjson
+import pytest
+
+from deployments.impressions import ImpressionLog, sampled
+from deployments.rollout import Rollout, loader
+from deployments.service import Service
+from recsys.features.store import MemoryStore
+from recsys.funnel import STAGES
+from recsys.impressions import read
+from recsys.serve_config import ImpressionsConfig, ServeConfig
+from tests.small import Small
+
+
+@pytest.fixture(scope="module")
+def rollout(small: Small):
+    found = Rollout(small.registry, loader(*STAGES), poll_s=3600)
+    found.start()
+    yield found
+    found.stop()
+
+
+def answers(service: Service, n: int) -> list[dict]:
+    async def ask() -> list[dict]:
+        bodies = [orjson.dumps({"user_id": f"u{i}", "k": 4, "context": {"device": "web"}, "timeout_ms": 20_000}) for i in range(n)]
+        try:
+            return [orjson.loads(await service.recommend(body, f"req{i}")) for i, body in enumerate(bodies)]
+        finally:
+            await service._batcher.drain()
+            if service._impressions is not None:
+                await service._impressions.stop()
+
+    return asyncio.run(ask())
+
+
+def service(rollout: Rollout, log: ImpressionLog) -> Service:
+    return Service(ServeConfig(), rollout, MemoryStore(), impressions=log)
+
+
+def test_every_page_is_logged_as_it_was_answered(rollout, tmp_path, small):
+    log = ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0))
+    told = answers(service(rollout, log), 6)
+    found = {r["request_id"]: r for r in read(str(tmp_path)).to_pylist()}
+    assert len(found) == 6
+    for n, answer in enumerate(told):
+        row = found[f"req{n}"]
+        assert row["items"] == [i["item_id"] for i in answer["items"]]
+        assert row["scores"] == pytest.approx([i["score"] for i in answer["items"]])
+        assert row["positions"] == [1, 2, 3, 4]
+        assert row["propensities"] == [1.0] * 4
+        assert (row["user_id"], row["model_version"]) == (f"u{n}", small.version)
+        assert row["context"] == '{"device": "web"}'
+    assert log.state() == {"logged": 6, "waiting": 0, "dropped": 0, "failed": 0}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_sample_goes_by_the_request_id():
+    ids = [f"request-{n}" for n in range(20_000)]
+    share = sum(sampled(i, 0.1) for i in ids) / len(ids)
+    assert share == pytest.approx(0.1, abs=0.01)  # 4.7 standard deviations
+    assert {i for i in ids if sampled(i, 0.05)} < {i for i in ids if sampled(i, 0.1)}
+    assert not any(sampled(i, 0.0) for i in ids)
+    assert all(sampled(i, 1.0) for i in ids)
+
+
+def test_beyond_the_bound_pages_are_dropped_and_counted_and_answers_go_on(rollout, tmp_path):
+    log = ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0, most_waiting=2, flush_s=1_000))
+    assert len(answers(service(rollout, log), 5)) == 5
+    assert log.state() == {"logged": 2, "waiting": 0, "dropped": 3, "failed": 0}
+
+
+def test_a_disk_that_refuses_costs_impressions_not_answers(rollout, tmp_path, caplog):
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    log = ImpressionLog(tmp_path / "taken", ImpressionsConfig(sample=1.0))
+    told = answers(service(rollout, log), 3)
+    assert all(len(answer["items"]) == 4 for answer in told)
+    assert log.state()["failed"] == 3
+    assert "could not be written" in caplog.text

@@ -1,0 +1,127 @@
+"""Skew: values logged through a simulated day are those of the log, and a bug in one road is named by feature."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from recsys import packing
+from recsys.config import Config
+from recsys.data.interactions import Interactions
+from recsys.features.generate import told
+from recsys.features.groups import Row
+from recsys.features.states import ItemSnapshot
+from recsys.funnel import Funnel, FunnelRequest
+from recsys.impressions import impression, picked, table_of
+from recsys.skew import compared
+from tests.recsys.test_features_live import AGGREGATES
+from tests.small import config_of, recipe_of, write_data
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skew")
+    write_data(folder)
+    config = config_of(folder, f"features.aggregates={json.dumps(AGGREGATES)}")
+    steps = recipe_of(config)
+    bundle = folder / "bundle"
+    bundle.mkdir()
+    packing.pack(steps.final(), bundle, tower=steps.final_tower, ranker=steps.ranker)
+    return config, steps.prepared.log, bundle
+
+
+def day(config: Config, log: Interactions, funnel: Funnel) -> tuple[list, Interactions]:
+    """A day in service: events of known and new users are counted as they come, the item snapshot is replaced now and then, and
+    pages are logged in between. Gives the pages and the log with the day's events behind it."""
+    source, stream = funnel.live.source, funnel.live.source.stream
+    for user in funnel.users.ids.to_pylist():
+        stream.of_user[user] = source.read_user(user)
+    rng = np.random.default_rng(5)
+    start, pages, events = float(log.time.max()) + 100, [], []
+    for n in range(400):
+        at = start + 200.0 * n + float(rng.random())
+        user, item = f"u{rng.integers(60)}", f"i{rng.integers(40)}"
+        context = {"device": ("phone", "web")[n % 2]}
+        events.append((user, item, at, context["device"]))
+        labels = {"positive": 1.0}
+        stream.apply(Row(at, len(log) + n, user, item, "click", float("nan"), labels, context, told=True))
+        if n % 17 == 0:
+            source.snapshot = ItemSnapshot.of(funnel.live.inputs, source.coder, stream.of_items, at)
+        if n % 5 == 0:
+            asker = f"u{rng.integers(60)}"
+            counters = stream.pack(stream.of_user.get(asker, {}))
+            request = FunnelRequest(asker, 5, at + 30.0 + float(rng.random()), context=context, counters=counters)
+            queries = funnel.queries([request])
+            page = funnel.page(queries, funnel.recommend(queries))[0]
+            seen = picked(queries, 0, funnel.items.rows([i.item_id for i in page]))
+            pages.append(impression(request, f"r{n}", page, seen, version=funnel.version, live=funnel.live))
+    users, items, times, devices = zip(*events, strict=True)
+    whole = dataclasses.replace(
+        log,
+        user=np.concatenate([log.user, log.users.rows(list(users))]),
+        item=np.concatenate([log.item, log.items.rows(list(items))]),
+        time=np.concatenate([log.time, np.array(times)]),
+        event=np.concatenate([log.event, np.zeros(len(events), np.int8)]),
+        value=np.concatenate([log.value, np.full(len(events), np.nan, np.float32)]),
+        labels={n: np.concatenate([x, np.ones(len(events), np.float32)]) for n, x in log.labels.items()},
+        context={"device": np.concatenate([log.context["device"], np.array(devices, object)])},
+        session=None,
+    )
+    return pages, whole
+
+
+def test_a_simulated_day_has_no_mismatch(served):
+    config, log, bundle = served
+    funnel = Funnel.load(bundle)
+    pages, whole = day(config, log, funnel)
+    assert len({p.snapshot_s for p in pages}) > 10  # the snapshot moved on
+    assert sum(p.user_newest_s > float(log.time.max()) for p in pages) > 40
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), whole, told(whole, config.history))
+    assert report.pages == 80
+    assert report.without == 0
+    assert report.mismatches == 0, report
+    live = set(AGGREGATES)
+    assert set(report.features) == live
+    assert report.features["item_n"].compared == 80 * 5
+    assert min(s.compared for s in report.features.values()) >= 80
+
+
+def test_an_injected_bug_in_one_road_is_named(served, monkeypatch):
+    config, log, bundle = served
+    funnel = Funnel.load(bundle)
+    honest = ItemSnapshot.of.__func__
+
+    def forgets_the_newest(cls, inputs, coder, states, at):
+        """Counts as of an hour before what it says."""
+        return dataclasses.replace(honest(cls, inputs, coder, states, at - 5 * 3_600), at=at)
+
+    monkeypatch.setattr(ItemSnapshot, "of", classmethod(forgets_the_newest))
+    pages, whole = day(config, log, funnel)
+    monkeypatch.undo()
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), whole, told(whole, config.history))
+    wrong = {name for name, s in report.features.items() if s.mismatches}
+    assert "item_device_n" in wrong
+    assert wrong <= {"item_n", "item_device_n", "reach"}
+    assert report.features["item_device_n"].example.startswith("r")
+
+
+def test_a_feature_scaled_otherwise_is_named_and_no_other(served, monkeypatch):
+    config, log, bundle = served
+    funnel = Funnel.load(bundle)
+    funnel.live.inputs.scales["user_n"] = (0.0, 1.0)
+    pages, whole = day(config, log, funnel)
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), whole, told(whole, config.history))
+    assert {name for name, s in report.features.items() if s.mismatches} == {"user_n"}
+
+
+def test_pages_of_other_versions_and_without_values_are_counted_not_compared(served):
+    config, log, bundle = served
+    funnel = Funnel.load(bundle)
+    request = FunnelRequest("u1", 3, float(log.time.max()) + 1)
+    queries = funnel.queries([request])
+    page = funnel.page(queries, funnel.recommend(queries))[0]
+    bare = impression(request, "r1", page, None, version=funnel.version, live=funnel.live)
+    other = bare._replace(request_id="r2", model_version="v9")
+    report = compared(table_of([bare, other]), funnel, log, told(log, config.history))
+    assert (report.pages, report.without, report.mismatches) == (0, 1, 0)
