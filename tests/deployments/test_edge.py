@@ -458,6 +458,7 @@ class TestTheRest:
             "/v1/items/{one_id}",
             "/v1/users",
             "/v1/users/{one_id}",
+            "/v1/ingest",
             "/healthz",
             "/readyz",
             "/v1/version",
