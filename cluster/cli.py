@@ -477,7 +477,9 @@ def features_describe(config: ConfigFiles, settings: Settings = None) -> None:
 @ingest_app.callback()
 def ingest(
     ctx: typer.Context,
-    config: Annotated[list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration file; several are laid over.")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration file; several are laid over.")
+    ] = None,
     settings: Settings = None,
     actors: Annotated[
         int, typer.Option("--actors", min=0, help="So many Ray actors, here or on the cluster of RAY_ADDRESS. 0: this process.")
@@ -503,7 +505,9 @@ def ingest(
 
 
 @ingest_app.command("status")
-def ingest_status(config: ConfigFiles, settings: Settings = None, json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def ingest_status(
+    config: ConfigFiles, settings: Settings = None, json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
+) -> None:
     """How far the consumers are: lag by partition, dead letters, the last Parquet, bytes a user and item take.
 
     Example: rayfunnel ingest status -c configs/movielens.yaml

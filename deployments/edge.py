@@ -209,7 +209,9 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
         request_id = _request_id(request.scope)
         return _response(await answered(handler, b"", request_id), request_id)
 
-    @api.get("/v1/ingest", responses={503: {"model": FaultAnswer}}, summary="How far the consumers of events are: lag, dead letters, Parquet")
+    @api.get(
+        "/v1/ingest", responses={503: {"model": FaultAnswer}}, summary="How far the consumers of events are: lag, dead letters, Parquet"
+    )
     async def ingest(request: Request) -> Response:
         async def handler(*_: object) -> Reply:
             return Reply(200, orjson.dumps(await service.ingest(), option=orjson.OPT_NON_STR_KEYS))
@@ -245,12 +247,21 @@ def _catalogue(api: FastAPI, service: Service) -> None:
         schema = TypeAdapter(body | list[body]).json_schema(ref_template="#/components/schemas/{model}")
         extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": _flat(schema)}}}}
         api.add_api_route(
-            path, kept, methods=[method], response_model=Kept, responses=codes, openapi_extra=extra, summary=summary, operation_id=f"{method}{path}"
+            path,
+            kept,
+            methods=[method],
+            response_model=Kept,
+            responses=codes,
+            openapi_extra=extra,
+            summary=summary,
+            operation_id=f"{method}{path}",
         )
 
     changes = service.catalogue
     route("PUT", "/v1/items", ItemBody, changes.put_items, "New or changed items; can be recommended within a second")
-    route("DELETE", "/v1/items", str | ItemBody, changes.delete_items, "Items that must not be shown again: ids, or objects with an item_id")
+    route(
+        "DELETE", "/v1/items", str | ItemBody, changes.delete_items, "Items that must not be shown again: ids, or objects with an item_id"
+    )
     route("PUT", "/v1/users", UserBody, changes.put_users, "What is known of users, from the next request on")
     route("DELETE", "/v1/users", str | UserBody, changes.delete_users, "Profiles to forget: ids, or objects with a user_id")
 

@@ -330,14 +330,18 @@ class Service:
         """The body of GET /v1/version."""
         rollout = self.rollout
         live = {"item_counters": self._counters_state()} if self._counters_state is not None else {}
-        return live | {
-            "version": rollout.current,
-            "aliases": rollout.aliases,
-            "held": rollout.held,
-            "refused": rollout.refused,
-            "topology": self.config.topology.model_dump(),
-            "data_plane": self.config.data_plane,
-        } | ({"items": self._follower.state()} if self._follower is not None else {})
+        return (
+            live
+            | {
+                "version": rollout.current,
+                "aliases": rollout.aliases,
+                "held": rollout.held,
+                "refused": rollout.refused,
+                "topology": self.config.topology.model_dump(),
+                "data_plane": self.config.data_plane,
+            }
+            | ({"items": self._follower.state()} if self._follower is not None else {})
+        )
 
     async def ingest(self) -> dict[str, Any]:
         """The body of GET /v1/ingest: how far the consumers of the event log are. Raises RequestError (404), StoreError."""

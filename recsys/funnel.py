@@ -252,7 +252,9 @@ class Funnel:
         for name, channel in self.channels.items():
             try:
                 quota = merging.quota_of(name)
-                found[name] = delta.recall(name, channel, queries, queries.memo["beside"], quota) if delta else channel.recall(queries, quota)
+                found[name] = (
+                    delta.recall(name, channel, queries, queries.memo["beside"], quota) if delta else channel.recall(queries, quota)
+                )
                 if queries.allowed is not None:  # a channel that knows nothing of filters loses places, never the promise
                     found[name] = queries.allowed.kept(*found[name], len(self.items))
             except Exception:  # a channel's bug must not take the page with it: the answer names it
@@ -391,7 +393,10 @@ class Funnel:
         )
         if self.vectors is not None:
             given = given.ranked(
-                np.einsum("bd,bnd->bn", self.user_vectors(queries), self._item_vectors(queries, items)), N, stage="coarse_rank", explain=queries.explain
+                np.einsum("bd,bnd->bn", self.user_vectors(queries), self._item_vectors(queries, items)),
+                N,
+                stage="coarse_rank",
+                explain=queries.explain,
             )
         return self.fine_rank(queries, given)
 

@@ -26,7 +26,24 @@ LAYERS = (
     ("bundle", "prepared", "onboarding"),
     ("channels", "delta", "funnel"),
     ("impressions", "skew"),
-    ("examples", "packing", "blending", "recipe", "continued", "rolling", "held_out", "baselines", "judging", "report", "evaluate", "contenders", "report_page", "report_plots", "report_words", "ctr_protocol"),
+    (
+        "examples",
+        "packing",
+        "blending",
+        "recipe",
+        "continued",
+        "rolling",
+        "held_out",
+        "baselines",
+        "judging",
+        "report",
+        "evaluate",
+        "contenders",
+        "report_page",
+        "report_plots",
+        "report_words",
+        "ctr_protocol",
+    ),
 )
 """Packages and modules of `recsys`; each may import its own line and those above it."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc", "shared", "tools"}

@@ -107,7 +107,9 @@ class MMR:
         if alike is None and not self.columns:
             return np.broadcast_to(places, (B, k)), np.zeros((B, k), np.int8)
         nearest = np.zeros((B, P), np.float32)  # similarity to the most similar item on the page
-        caps = [_Cap(cap, column[np.maximum(items, 0)].reshape(B, P, -1)) for cap, column in zip(self.config.caps, self.columns, strict=True)]
+        caps = [
+            _Cap(cap, column[np.maximum(items, 0)].reshape(B, P, -1)) for cap, column in zip(self.config.caps, self.columns, strict=True)
+        ]
         order, relaxed = np.empty((B, k), np.int64), np.zeros((B, k), bool)
         for n in range(k):
             value = worth - nearest
