@@ -53,9 +53,10 @@ def test_train_publishes_promotes_the_first_and_is_not_repeated(tmp_path, ray_cl
     assert "Item" in shown.export_text()
 
     report = pipeline.evaluate(config, console(), models=["popular", "funnel"], json=tmp_path / "r.json", html=tmp_path / "r.html")
-    assert [row["model"] for row in report["rows"]] == ["popular", "funnel"]
+    baselines = {"Pop", "ItemKNN", "EASE", "Markov"}  # stand beside whatever is asked for
+    assert {row["model"] for row in report["rows"]} == {"popular", "funnel"} | baselines
     assert json.loads((tmp_path / "r.json").read_text())["protocol"] == "next_item"
-    assert "<table>" in (tmp_path / "r.html").read_text()
+    assert "<table" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.ray
