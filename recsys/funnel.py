@@ -539,7 +539,7 @@ class Funnel:
         )
         if "fine_rank" in stages and (folder / "aggregates").exists():
             funnel.live = load_live(folder / "aggregates", space, funnel.users, funnel.items)
-        if "recall" in stages or "coarse_rank" in stages:
+        if {"recall", "coarse_rank", "rerank"} & set(stages):  # the re-rank compares items that came later, too
             funnel.tower = TwoTower.load(folder / "two_tower") if (folder / "two_tower").exists() else None
         if "coarse_rank" in stages or "rerank" in stages:
             funnel.vectors = np.load(folder / "vectors.npy", mmap_mode="r") if (folder / "vectors.npy").exists() else None
