@@ -30,9 +30,10 @@ from recsys.core import Vocabulary
 from recsys.data import live_log
 from recsys.data.split import SplitConfig
 from recsys.errors import DataError, RetrainRefusedError
-from recsys.funnel import Funnel, Past
+from recsys.funnel import Funnel
 from recsys.prepared import Prepared
 from recsys.recipe import Recipe
+from recsys.requests import Past
 from recsys.rolling import Newest, Verdict, compared
 
 TAKEN = "taken.json"

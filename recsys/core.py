@@ -301,6 +301,13 @@ class Candidates:
             np.empty((B, 0, C), np.int16),
         )
 
+    @classmethod
+    def given(cls, items: np.ndarray, channels: tuple[str, ...]) -> Self:
+        """(B, N) items in this order, all with score 0, that none of the C channels recalled."""
+        scores = np.where(items == UNKNOWN, cls.NO_SCORE, 0).astype(np.float32)
+        of_channels = (*items.shape, len(channels))
+        return cls(items, scores, channels, np.full(of_channels, np.nan, np.float32), np.zeros(of_channels, np.int16))
+
     def ranked(self, scores: np.ndarray, keep: int, *, stage: str, explain: bool = False) -> Self:
         """Re-order by (B, N) `scores`, keep the best `keep`; ties go to who stood first. With `explain`, note the trail."""
         scores = np.where(self.items == UNKNOWN, self.NO_SCORE, scores).astype(np.float32, copy=False)

@@ -54,12 +54,12 @@ class LiveVocabulary(Vocabulary):
     names: Mapping[int, str]
 
     @classmethod
-    def over(cls, items: Vocabulary) -> LiveVocabulary:
-        """The same vocabulary, ready to grow."""
-        if isinstance(items, LiveVocabulary):
-            return items
-        self = cls(items.ids, hashes=items._hashes, order=items._order)
-        self.later, self.names = {}, {}
+    def over(cls, items: Vocabulary, later: Mapping[str, int]) -> LiveVocabulary:
+        """A bundle's vocabulary with those (id -> row) behind it. One that has grown before is changed in place: many hold it."""
+        self = items if isinstance(items, LiveVocabulary) else cls(items.ids, hashes=items._hashes, order=items._order)
+        # Whoever has a row must find its name: other threads read this meanwhile.
+        self.names = {row: item_id for item_id, row in later.items()}
+        self.later = later
         return self
 
     def row(self, outside_id: str) -> int:

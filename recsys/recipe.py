@@ -32,7 +32,7 @@ from recsys.evidence import EVIDENCE, evidence_field
 from recsys.export import RankerEngine
 from recsys.features.generate import Histories
 from recsys.features.schema import Field
-from recsys.funnel import Funnel, Past
+from recsys.funnel import Funnel
 from recsys.held_out import HeldOut, after_training, before_first
 from recsys.models.two_tower import TwoTower
 from recsys.moments import Moments
@@ -40,6 +40,7 @@ from recsys.prepared import Prepared
 from recsys.recall.merge import MergeConfig
 from recsys.recall.popular import PopularConfig
 from recsys.recall.vector import VectorConfig
+from recsys.requests import Past
 from recsys.training import ModelConfig, TrainingConfig
 
 log = logging.getLogger(__name__)

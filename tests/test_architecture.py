@@ -24,7 +24,7 @@ LAYERS = (
     ("training", "validation", "export", "growing"),
     ("config_faults", "config_file", "config_manual", "serve_config", "ingest_config", "retrain_config", "places", "config"),
     ("bundle", "prepared", "onboarding"),
-    ("channels", "delta", "funnel"),
+    ("channels", "delta", "eligibility", "similar", "requests", "page", "funnel"),
     ("impressions", "skew"),
     (
         "examples",
