@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from cluster.cli import ConfigFiles, Settings, app, load, out
+from cluster.cli import app
+from cluster.terminal import ConfigFiles, Settings, load, out
 
 if TYPE_CHECKING:
     from recsys.config import Config
