@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, TypeVar
@@ -46,7 +47,7 @@ def log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
 
 
-class Stage:
+class Stage(ABC):
     """Base of the stage deployments. `loads` are the parts of a bundle that the stage needs."""
 
     loads: ClassVar[tuple[str, ...]]
@@ -93,9 +94,9 @@ class Stage:
         return await asyncio.get_running_loop().run_in_executor(self._pool, begun)
 
     @staticmethod
+    @abstractmethod
     def take(funnel: Funnel, queries: Queries, candidates: Candidates | None) -> Candidates:
         """The pure call of this stage."""
-        raise NotImplementedError
 
 
 def needed(candidates: Candidates | None) -> Candidates:
