@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from deployments.rollout import Rollout
 from deployments.schemas import ITEM, USER, ItemBody, UserBody, check_id, fault
@@ -66,22 +66,12 @@ class CatalogueWrites:
         return _answer(len(changes), rejected, position)
 
     def _item(self, row: Any) -> ItemBody:
-        try:
-            body: ItemBody = ITEM.validate_python(row)
-        except ValidationError as error:
-            raise fault(error) from None
-        check_id("item_id", body.item_id, self._limits)
-        return body
+        return self._body(ITEM, row, lambda body: ("item_id", body.item_id))
 
     # ---- users ----------------------------------------------------------------------------------------------------
 
     def _user(self, row: Any) -> UserBody:
-        try:
-            body: UserBody = USER.validate_python(row)
-        except ValidationError as error:
-            raise fault(error) from None
-        check_id("user_id", body.user_id, self._limits)
-        return body
+        return self._body(USER, row, lambda body: ("user_id", body.user_id))
 
     def _profile(self, row: Any) -> tuple[str, dict[str, Any]]:
         body = self._user(row)
@@ -99,6 +89,15 @@ class CatalogueWrites:
     async def _read(self, raw: bytes, one: Callable[[Any], T]) -> tuple[list[tuple[int, T]], list[dict[str, Any]]]:
         """What may be stored with its index, and the rejections; beside the event loop where there is much of it."""
         return await asyncio.to_thread(self._rows, raw, one) if len(raw) > 32_768 else self._rows(raw, one)
+
+    def _body(self, shape: TypeAdapter[T], row: Any, named: Callable[[T], tuple[str, str]]) -> T:
+        """One row as its shape; `named` gives the name and the value of its id, which is checked too."""
+        try:
+            body = shape.validate_python(row)
+        except ValidationError as error:
+            raise fault(error) from None
+        check_id(*named(body), self._limits)
+        return body
 
     def _rows(self, raw: bytes, one: Callable[[Any], T]) -> tuple[list[tuple[int, T]], list[dict[str, Any]]]:
         try:

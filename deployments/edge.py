@@ -159,19 +159,13 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
     """All routes, declared: what /docs shows and what answers everything but the hot routes."""
     api = FastAPI(title="Rayfunnel", description="From a log of events to a ranked page of items.", version="1")
 
+    limit = service.config.limits.body_bytes
+
     async def passed(request: Request) -> Response:
-        request_id = _request_id(request.scope)
-        try:
-            raw = await read_body(request.scope, request.receive, service.config.limits.body_bytes)
-        except RequestError as error:
-            return _response(refused(error, request_id), request_id)
-        return _response(await answered(hot[_path(request.scope)], raw, request_id), request_id)
+        return await _with_body(request, hot[_path(request.scope)], limit)
 
     def post(path: str, body: Any, answer: type, status: int, summary: str) -> None:
-        codes: dict[int | str, dict[str, Any]] = {c: {"model": FaultAnswer} for c in (400, 413, 422, 503)}
-        schema = TypeAdapter(body).json_schema(ref_template="#/components/schemas/{model}")
-        extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": _flat(schema)}}}}
-        api.post(path, response_model=answer, status_code=status, responses=codes, openapi_extra=extra, summary=summary)(passed)
+        api.post(path, response_model=answer, status_code=status, summary=summary, **_takes(body))(passed)
 
     post("/v1/recommend", RecommendBody, Page, 200, "A page of items for a user")
     post("/v1/rank", RankBody, Page, 200, "Given items, ranked for a user")
@@ -181,21 +175,11 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 
     @api.get("/v1/items/{item_id:path}/similar", responses={404: {"model": FaultAnswer}}, summary="An item's neighbours")
     async def similar(item_id: str, request: Request, k: int = 10) -> Response:
-        request_id = _request_id(request.scope)
-
-        async def handler(_: bytes, request_id: str) -> Reply:
-            return Reply(200, await service.similar(item_id, k, request_id))
-
-        return _response(await answered(handler, b"", request_id), request_id)
+        return await _without_body(request, lambda request_id: service.similar(item_id, k, request_id))
 
     @api.get("/v1/users/{user_id:path}/similar", responses={404: {"model": FaultAnswer}}, summary="A user's neighbours, as of now")
     async def similar_users(user_id: str, request: Request, k: int = 10) -> Response:
-        request_id = _request_id(request.scope)
-
-        async def handler(_: bytes, request_id: str) -> Reply:
-            return Reply(200, await service.similar_users(user_id, k, request_id))
-
-        return _response(await answered(handler, b"", request_id), request_id)
+        return await _without_body(request, lambda request_id: service.similar_users(user_id, k, request_id))
 
     @api.get("/healthz", summary="The process answers")
     async def healthz() -> dict[str, str]:
@@ -203,21 +187,19 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 
     @api.get("/readyz", responses={503: {"model": FaultAnswer}}, summary="A version is loaded, and every stage holds it")
     async def readyz(request: Request) -> Response:
-        async def handler(*_: object) -> Reply:
-            return Reply(200, orjson.dumps({"status": "ready", "version": await service.check_ready()}))
+        async def ready(_: str) -> bytes:
+            return orjson.dumps({"status": "ready", "version": await service.check_ready()})
 
-        request_id = _request_id(request.scope)
-        return _response(await answered(handler, b"", request_id), request_id)
+        return await _without_body(request, ready)
 
     @api.get(
         "/v1/ingest", responses={503: {"model": FaultAnswer}}, summary="How far the consumers of events are: lag, dead letters, Parquet"
     )
     async def ingest(request: Request) -> Response:
-        async def handler(*_: object) -> Reply:
-            return Reply(200, orjson.dumps(await service.ingest(), option=orjson.OPT_NON_STR_KEYS))
+        async def status(_: str) -> bytes:
+            return orjson.dumps(await service.ingest(), option=orjson.OPT_NON_STR_KEYS)
 
-        request_id = _request_id(request.scope)
-        return _response(await answered(handler, b"", request_id), request_id)
+        return await _without_body(request, status)
 
     @api.get("/v1/version", summary="What is served, what is held, what was refused and why")
     async def version() -> dict[str, Any]:
@@ -230,32 +212,17 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 def _catalogue(api: FastAPI, service: Service) -> None:
     """PUT and DELETE of items and users: bodies are read by the service, which checks them against the declared columns."""
 
+    limit = service.config.limits.body_bytes
+
     def route(method: str, path: str, body: Any, work: Callable[[bytes], Awaitable[bytes]], summary: str) -> None:
+        async def handler(raw: bytes, request_id: str) -> Reply:  # noqa: ARG001  one shape for all handlers
+            return Reply(200, await work(raw))
+
         async def kept(request: Request) -> Response:
-            request_id = _request_id(request.scope)
+            return await _with_body(request, handler, limit)
 
-            async def handler(raw: bytes, request_id: str) -> Reply:  # noqa: ARG001  one shape for all handlers
-                return Reply(200, await work(raw))
-
-            try:
-                raw = await read_body(request.scope, request.receive, service.config.limits.body_bytes)
-            except RequestError as error:
-                return _response(refused(error, request_id), request_id)
-            return _response(await answered(handler, raw, request_id), request_id)
-
-        codes: dict[int | str, dict[str, Any]] = {c: {"model": FaultAnswer} for c in (400, 413, 422, 503)}
-        schema = TypeAdapter(body | list[body]).json_schema(ref_template="#/components/schemas/{model}")
-        extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": _flat(schema)}}}}
-        api.add_api_route(
-            path,
-            kept,
-            methods=[method],
-            response_model=Kept,
-            responses=codes,
-            openapi_extra=extra,
-            summary=summary,
-            operation_id=f"{method}{path}",
-        )
+        takes = _takes(body | list[body])
+        api.add_api_route(path, kept, methods=[method], response_model=Kept, summary=summary, operation_id=f"{method}{path}", **takes)
 
     changes = service.catalogue
     route("PUT", "/v1/items", ItemBody, changes.put_items, "New or changed items; can be recommended within a second")
@@ -267,16 +234,40 @@ def _catalogue(api: FastAPI, service: Service) -> None:
 
     def one(path: str, work: Callable[[bytes], Awaitable[bytes]], summary: str) -> None:
         async def deleted(one_id: str, request: Request) -> Response:
-            async def handler(*_: object) -> Reply:
-                return Reply(200, await work(orjson.dumps(one_id)))
-
-            request_id = _request_id(request.scope)
-            return _response(await answered(handler, b"", request_id), request_id)
+            return await _without_body(request, lambda _: work(orjson.dumps(one_id)))
 
         api.add_api_route(path, deleted, methods=["DELETE"], response_model=Kept, responses={422: {"model": FaultAnswer}}, summary=summary)
 
     one("/v1/items/{one_id:path}", changes.delete_items, "An item that must not be shown again")
     one("/v1/users/{one_id:path}", changes.delete_users, "A profile to forget")
+
+
+async def _with_body(request: Request, handler: Handler, limit: int) -> Response:
+    request_id = _request_id(request.scope)
+    try:
+        raw = await read_body(request.scope, request.receive, limit)
+    except RequestError as error:
+        return _response(refused(error, request_id), request_id)
+    return _response(await answered(handler, raw, request_id), request_id)
+
+
+async def _without_body(request: Request, work: Callable[[str], Awaitable[bytes]]) -> Response:
+    """What `work` answers to the request of this id."""
+    request_id = _request_id(request.scope)
+
+    async def handler(_: bytes, request_id: str) -> Reply:
+        return Reply(200, await work(request_id))
+
+    return _response(await answered(handler, b"", request_id), request_id)
+
+
+def _takes(body: Any) -> dict[str, Any]:
+    """How a route documents the body that it reads by itself, and what may go wrong with it."""
+    schema = TypeAdapter(body).json_schema(ref_template="#/components/schemas/{model}")
+    return {
+        "responses": {c: {"model": FaultAnswer} for c in (400, 413, 422, 503)},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _flat(schema)}}}},
+    }
 
 
 def _one_shape_of_errors(api: FastAPI) -> None:

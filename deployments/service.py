@@ -241,16 +241,14 @@ class Service:
         if not funnel.shows(funnel.items.row(item_id)):
             raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {funnel.version}.", field="item_id", status=404)
         elsewhere = self._similar_elsewhere
-        try:
+
+        async def nearest() -> list[tuple[str, float]]:
             if elsewhere is None:
-                found = await self._in_thread(lambda: funnel.similar(item_id, k), deadline)
-            else:
-                found = await called_twice(lambda left_s: elsewhere(funnel.version, item_id, k, left_s), deadline)
-        except RequestError:
-            raise
-        except Exception as error:
-            log.warning("Neighbours of an item are not to be had: %s", error or type(error).__name__)
-            raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
+                here: list[tuple[str, float]] = await self._in_thread(lambda: funnel.similar(item_id, k), deadline)
+                return here
+            return await called_twice(lambda left_s: elsewhere(funnel.version, item_id, k, left_s), deadline)
+
+        found = await _neighbours("an item", nearest)
         items = [{"item_id": i, "score": s} for i, s in found]
         return orjson.dumps({"request_id": request_id, "item_id": item_id, "items": items, "model_version": funnel.version})
 
@@ -262,18 +260,16 @@ class Service:
         row = Row(FunnelRequest(user_id, k, unix_now()), deadline, asyncio.get_running_loop().create_future())
         degraded = await self._ladder.fill_states([row], {})
         elsewhere = self._similar_users_elsewhere
-        try:
+
+        async def nearest() -> list[tuple[str, float]]:
             queries = await self._in_thread(lambda: funnel.queries([row.request]), deadline)
             funnel.check_similar_users(queries)
             if elsewhere is None:
-                found = await self._in_thread(lambda: funnel.similar_users(queries, k), deadline)
-            else:
-                found = await called_twice(lambda left_s: elsewhere(funnel.version, queries, k, left_s), deadline)
-        except RequestError:
-            raise
-        except Exception as error:
-            log.warning("Neighbours of a user are not to be had: %s", error or type(error).__name__)
-            raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
+                here: list[tuple[str, float]] = await self._in_thread(lambda: funnel.similar_users(queries, k), deadline)
+                return here
+            return await called_twice(lambda left_s: elsewhere(funnel.version, queries, k, left_s), deadline)
+
+        found = await _neighbours("a user", nearest)
         return orjson.dumps(
             {
                 "request_id": request_id,
@@ -389,6 +385,17 @@ class Service:
             await asyncio.to_thread(self._follower.stop)
         self._pool.shutdown(wait=False)
         await self.store.close()
+
+
+async def _neighbours(whose: str, nearest: Callable[[], Awaitable[list[tuple[str, float]]]]) -> list[tuple[str, float]]:
+    """What `nearest` finds. Its faults that are not the caller's become a RequestError (503)."""
+    try:
+        return await nearest()
+    except RequestError:
+        raise
+    except Exception as error:
+        log.warning("Neighbours of %s are not to be had: %s", whose, error or type(error).__name__)
+        raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
 
 
 def _shown(answer: Answer, request_id: str, started: float) -> bytes:
