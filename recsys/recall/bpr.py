@@ -18,9 +18,10 @@ from scipy import sparse
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
-from recsys.recall.factors import IndexKind, ItemFactors, newest_of_each
+from recsys.recall.factors import FactorScale, ItemFactors, SearchedBy, newest_of_each
 from recsys.recall.links import recency
-from recsys.recall.neighbors import incidence
+from recsys.recall.neighbors import EventsPerUser, UsePast, incidence
+from recsys.recall.vector import RecallGoal
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +39,15 @@ class BPRConfig(FrozenConfig):
     """Each draws as many triples as there are positives."""
     batch_size: PositiveInt = 4_096
     """Triples whose gradients are summed into one step."""
-    init_std: PositiveFloat = 0.1
-    """Length of the factors at the start, about: each is normal with this over sqrt(dim)."""
-    max_events_per_user: PositiveInt = 1_000
-    """Only a user's newest items count in the fit."""
-    use_past: bool = True
-    """Whether what users did before the log (data.history) counts in the fit."""
+    init_std: FactorScale = 0.1
+    max_events_per_user: EventsPerUser = 1_000
+    use_past: UsePast = True
     newest: PositiveInt | None = None
     """Newest events of the history that a query brings in; null: all."""
     decay: float = Field(1.0, gt=0, le=1)
     """An event of the history counts this much less than the next newer one; 1: all alike."""
-    index: IndexKind = "auto"
-    """How items are searched; see kind of the channel two_tower."""
-    recall_goal: float = Field(0.98, gt=0, le=1)
-    """Share of the exact 100 nearest that an approximate index must find."""
+    index: SearchedBy = "auto"
+    recall_goal: RecallGoal = 0.98
     seed: int = 1
     """Of the first factors and of the triples."""
 

@@ -14,7 +14,7 @@ from recsys.errors import ConfigError, NotFittedError
 from recsys.features.catalogue import Catalogue
 from recsys.recall.links import recency
 from recsys.recall.taste import RowVectors, tastes, typical_users, unit
-from recsys.recall.vector import IndexKind, VectorConfig, VectorIndex
+from recsys.recall.vector import IndexKind, RecallGoal, VectorConfig, VectorIndex
 
 
 class ColumnVectorConfig(FrozenConfig):
@@ -28,8 +28,7 @@ class ColumnVectorConfig(FrozenConfig):
     """Hours in which an event of the history loses half its weight; null: it keeps it."""
     kind: IndexKind = "auto"
     """How vectors are searched; see the channel two_tower."""
-    recall_goal: float = Field(0.98, gt=0, le=1)
-    """Share of the exact 100 nearest that an approximate index must find."""
+    recall_goal: RecallGoal = 0.98
 
     def build(self) -> ColumnVector:
         """The channel, not yet fitted."""

@@ -22,7 +22,7 @@ from recsys.features.catalogue import LISTED, Catalogue, Values, texts_of
 from recsys.recall.content_space import ContentSpace
 from recsys.recall.links import recency
 from recsys.recall.taste import RowVectors, tastes, typical_users, unit
-from recsys.recall.vector import IndexKind, VectorConfig, VectorIndex
+from recsys.recall.vector import IndexKind, RecallGoal, VectorConfig, VectorIndex
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ class ContentConfig(FrozenConfig):
     """Hours in which an event of the history loses half its weight; null: it keeps it."""
     kind: IndexKind = "auto"
     """How vectors are searched; see the channel two_tower."""
-    recall_goal: float = Field(0.98, gt=0, le=1)
-    """Share of the exact 100 nearest that an approximate index must find."""
+    recall_goal: RecallGoal = 0.98
 
     def build(self) -> Content:
         """The channel, not yet fitted."""

@@ -17,7 +17,7 @@ from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
 from recsys.recall.links import ItemLinks, recency
-from recsys.recall.neighbors import incidence
+from recsys.recall.neighbors import EventsPerUser, UsePast, incidence
 
 
 class EASEConfig(FrozenConfig):
@@ -29,10 +29,8 @@ class EASEConfig(FrozenConfig):
     """Weights furthest from 0 that are kept per item of the history. Fewer: less memory and time to serve; null: all."""
     max_gib: PositiveFloat = 4.0
     """Refuse a catalogue whose inverse needs more memory than this."""
-    max_events_per_user: PositiveInt = 1_000
-    """Only a user's newest items count in the fit."""
-    use_past: bool = True
-    """Whether what users did before the log (data.history) counts in the fit."""
+    max_events_per_user: EventsPerUser = 1_000
+    use_past: UsePast = True
     newest: PositiveInt | None = None
     """Newest events of the history that count; null: all that the query brings."""
     decay: float = Field(0.95, gt=0, le=1)

@@ -7,14 +7,18 @@ items one length and leaves every inner product as it is (Bachrach et al., RecSy
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Self
 
 import numpy as np
+from pydantic import Field, PositiveFloat
 
 from recsys.core import Queries
-from recsys.recall.vector import VectorConfig, VectorIndex
+from recsys.recall.vector import IndexKind, VectorConfig, VectorIndex
 
-IndexKind = Literal["auto", "flat", "ivf", "hnsw"]
+SearchedBy = Annotated[IndexKind, Field(description="How items are searched; see kind of the channel two_tower.")]
+FactorScale = Annotated[
+    PositiveFloat, Field(description="Length of the factors at the start, about: each is normal with this over sqrt(dim).")
+]
 
 
 class ItemFactors:

@@ -25,9 +25,10 @@ from scipy import sparse
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
-from recsys.recall.factors import IndexKind, ItemFactors, newest_of_each
+from recsys.recall.factors import FactorScale, ItemFactors, SearchedBy, newest_of_each
 from recsys.recall.links import recency
-from recsys.recall.neighbors import incidence
+from recsys.recall.neighbors import EventsPerUser, UsePast, incidence
+from recsys.recall.vector import RecallGoal
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +51,17 @@ class IALSConfig(FrozenConfig):
     """How regularization grows with how often a user or item occurs: 0 not at all (Hu et al.), 1 in proportion (Rendle et al.)."""
     sweeps: PositiveInt = 16
     """Times that all users and all items are solved."""
-    init_std: PositiveFloat = 0.1
-    """Length of the factors at the start, about: each is normal with this over sqrt(dim)."""
+    init_std: FactorScale = 0.1
     values: Literal["binary", "count"] = "binary"
     """Whether an item had three times weighs once or three times."""
-    max_events_per_user: PositiveInt = 1_000
-    """Only a user's newest items count in the fit."""
-    use_past: bool = True
-    """Whether what users did before the log (data.history) counts in the fit."""
+    max_events_per_user: EventsPerUser = 1_000
+    use_past: UsePast = True
     newest: PositiveInt | None = None
     """Newest events of the history that a query's factor is solved from; null: all that the query brings."""
     decay: float = Field(1.0, gt=0, le=1)
     """An event of the history weighs this much less than the next newer one; 1: all alike, as in the fit."""
-    index: IndexKind = "auto"
-    """How items are searched; see kind of the channel two_tower."""
-    recall_goal: float = Field(0.98, gt=0, le=1)
-    """Share of the exact 100 nearest that an approximate index must find."""
+    index: SearchedBy = "auto"
+    recall_goal: RecallGoal = 0.98
     seed: int = 1
     """Of the first factors: equal seeds give equal models, with any number of threads."""
     threads: PositiveInt | None = None

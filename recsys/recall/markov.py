@@ -17,6 +17,7 @@ from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
 from recsys.recall.links import ItemLinks, recency
+from recsys.recall.neighbors import UsePast
 from recsys.recall.order import LOW, descending
 
 
@@ -35,8 +36,7 @@ class MarkovConfig(FrozenConfig):
     """Newest events of the history that count."""
     decay: float = Field(0.8, gt=0, le=1)
     """An event of the history counts this much less than the next newer one; 1: all alike."""
-    use_past: bool = True
-    """Whether what users did before the log (data.history) counts in the fit."""
+    use_past: UsePast = True
 
     def build(self) -> Markov:
         """The channel, not yet fitted."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -25,6 +25,16 @@ from recsys.recall.similarity import Kind, Sizes, Weighting, kind_of, similariti
 
 BLOCK = 2_000_000
 """Most similarities that one thread holds at once (about 60 MB)."""
+
+
+EventsPerUser = Annotated[
+    PositiveInt,
+    Field(
+        description="Only a user's newest items count in the fit: cost grows with them, in item_cf with their square, and a robot's 100,000 say little."
+    ),
+]
+UsePast = Annotated[bool, Field(description="Whether what users did before the log (data.history) counts in the fit.")]
+MinimumSimilarity = Annotated[NonNegativeFloat, Field(description="Similarities at or below this are dropped.")]
 
 
 class ItemCFConfig(FrozenConfig):
@@ -43,17 +53,14 @@ class ItemCFConfig(FrozenConfig):
     nearest of a great many; this bounds the work of a query to history x reach."""
     shrink: NonNegativeFloat = 0.0
     """Pulls the similarity of rarely co-clicked pairs towards zero."""
-    minimum: NonNegativeFloat = 0.0
-    """Similarities at or below this are dropped."""
+    minimum: MinimumSimilarity = 0.0
     weighting: Weighting = "tf_idf"
     """`none`: as they are. `iuf` lets active users count less: 1 / log(1 + their items). `tf_idf` and `bm25` weigh as in text
     search, a user being a term and an item a document; `bm25` then takes the dot product instead of the cosine."""
     values: Literal["binary", "count"] = "binary"
     """Whether an item had three times counts once or three times when similarities are computed."""
-    max_events_per_user: PositiveInt = 1_000
-    """Only a user's newest items count in the fit: cost grows with their square, and a robot's 100,000 say little."""
-    use_past: bool = True
-    """Whether what users did before the log (data.history) counts in the fit."""
+    max_events_per_user: EventsPerUser = 1_000
+    use_past: UsePast = True
     newest: PositiveInt | None = None
     """Newest events of the history that trigger neighbours; null: all that the query brings."""
     decay: float = Field(0.95, gt=0, le=1)

@@ -19,7 +19,7 @@ from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
 from recsys.recall.links import recency
-from recsys.recall.neighbors import BLOCK, incidence
+from recsys.recall.neighbors import BLOCK, EventsPerUser, MinimumSimilarity, UsePast, incidence
 from recsys.recall.order import EMPTY, best_of_rows, scores_of
 from recsys.recall.similarity import Sizes, Terms, Weighting, kind_of, similarities, weigh
 
@@ -35,17 +35,14 @@ class UserCFConfig(FrozenConfig):
     """Users that one item of the history may bring in, those active last; null: all. It bounds the work of a query."""
     shrink: NonNegativeFloat = 0.0
     """Pulls the similarity of users with little in common towards zero."""
-    minimum: NonNegativeFloat = 0.0
-    """Similarities at or below this are dropped."""
+    minimum: MinimumSimilarity = 0.0
     weighting: Weighting = "tf_idf"
     """`none`: as they are. `iuf` lets popular items count less: 1 / log(1 + their users). `tf_idf` and `bm25` weigh as in text
     search, an item being a term and a user a document; `bm25` then takes the dot product instead of the cosine."""
     values: Literal["binary", "count"] = "binary"
     """Whether an item had three times counts once or three times."""
-    max_events_per_user: PositiveInt = 1_000
-    """Only a user's newest items count: a robot's 100,000 say little."""
-    use_past: bool = True
-    """Whether what users did before the log (data.history) counts in the fit."""
+    max_events_per_user: EventsPerUser = 1_000
+    use_past: UsePast = True
     newest: PositiveInt | None = None
     """Newest events of the history that neighbours are sought by; null: all that the query brings."""
     decay: float = Field(1.0, gt=0, le=1)

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import faiss
 import numpy as np
@@ -39,6 +39,12 @@ would meet mostly items that it may not return."""
 
 
 IndexKind = Literal["auto", "flat", "ivf", "hnsw"]
+RecallGoal = Annotated[
+    float,
+    Field(
+        gt=0, le=1, description="Share of the exact 100 nearest that an approximate index must find; its effort is raised until it does."
+    ),
+]
 
 
 PROBES = 16
@@ -64,8 +70,7 @@ class VectorConfig(FrozenConfig):
     """`auto` is exact below this many items: fast enough, and nothing is lost."""
     ivf_from: PositiveInt = 2_000_000
     """`auto` takes IVF from this many items on, because HNSW's graph adds 270 bytes an item to its vectors."""
-    recall_goal: float = Field(0.98, gt=0, le=1)
-    """Share of the exact 100 nearest that an approximate index must find; its effort is raised until it does."""
+    recall_goal: RecallGoal = 0.98
     hnsw_links: PositiveInt = 32
     """Links of an item on HNSW's ground level are twice this. More: better recall, more memory."""
     ef_construction: PositiveInt = 100
