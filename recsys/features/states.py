@@ -286,6 +286,11 @@ def rows_of(log: Interactions, told: np.ndarray, at: np.ndarray | None = None) -
         )
 
 
+def newest_of(stream: Stream) -> float:
+    """Unix seconds of the newest event that the states count; 0 where there is none."""
+    return stream.newest if math.isfinite(stream.newest) else 0.0
+
+
 def save_states(stream: Stream, folder: Path) -> None:
     """items.bin, and users.bin with users.indptr.npy by row of the vocabulary; states.json names their time."""
     (folder / "items.bin").write_bytes(stream.pack(stream.of_items))
@@ -293,7 +298,7 @@ def save_states(stream: Stream, folder: Path) -> None:
     packed = [stream.pack(stream.of_user.get(u, {})) for u in users.ids.to_pylist()]
     np.save(folder / "users.indptr.npy", np.concatenate([[0], np.cumsum([len(p) for p in packed], dtype=np.int64)]))
     np.save(folder / "users.bytes.npy", np.frombuffer(b"".join(packed), np.uint8))
-    (folder / "states.json").write_text(json.dumps({"at": stream.newest if math.isfinite(stream.newest) else 0.0}))
+    (folder / "states.json").write_text(json.dumps({"at": newest_of(stream)}))
 
 
 def load_live(folder: Path, space: FeatureSpace, users: Vocabulary, items: Vocabulary) -> Live:
