@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cluster import pipeline
 from cluster.registry import open_registry
+from cluster.retrain import taken_by
 from recsys import impressions
 from recsys.config import Config
 from recsys.core import canonical_id
@@ -18,7 +19,7 @@ from recsys.data.events import load
 from recsys.errors import BundleError
 from recsys.features.generate import told
 from recsys.funnel import Funnel
-from recsys.skew import Report, compared
+from recsys.skew import Came, Report, compared
 
 
 def join(config: Config, console: Console, *, output: Path, folder: str | None, events: str | None, window_h: float) -> int:
@@ -40,13 +41,19 @@ def join(config: Config, console: Console, *, output: Path, folder: str | None, 
 
 def skew(config: Config, console: Console, *, folder: str | None, events: str | None) -> int:
     """Print the report by feature; returns the mismatches."""
+    return recomputed(config, console, folder=folder, events=events).mismatches
+
+
+def recomputed(config: Config, console: Console, *, folder: str | None, events: str | None) -> Report:
+    """Every logged value once more from the log, printed by feature."""
     shown = impressions.read(folder or f"{config.root}/impressions")
     root = events or config.place("events")
     pipeline.fetch(config, console)
     # A version that was trained on the log alone has pages from before the first event came in.
-    live_log.read(root)
+    came_in = live_log.read(root)
     data = config.data.model_copy(update={"interactions": config.data.interactions.model_copy(update={"live": str(Path(root).absolute())})})
     log = load(data, config.base).interactions
+    came = Came(log, told(log, config.history), *live_log.arrivals(log, came_in))
     registry, report = open_registry(config.place("registry")), Report()
     for version in sorted({canonical_id(v) for v in shown["model_version"].to_pylist()}):
         try:
@@ -54,10 +61,14 @@ def skew(config: Config, console: Console, *, folder: str | None, events: str | 
         except BundleError:
             console.print(f"{version} is not in the registry any more; its pages are left out")
             continue
-        compared(shown, Funnel.load(bundle, stages=("fine_rank",)), log, told(log, config.history), report)
+        compared(shown, Funnel.load(bundle, stages=("fine_rank",)), came, report, trained=taken_by(registry, version))
     table = Table("feature", "compared", "mismatches", "largest", "for example", header_style="bold")
     for name, found in sorted(report.features.items(), key=lambda e: -e[1].mismatches):
         table.add_row(name, f"{found.compared:,}", f"{found.mismatches:,}", f"{found.largest:.2g}", found.example)
     console.print(table)
     console.print(f"{report.pages:,} pages compared, {report.without:,} without values: {report.mismatches:,} mismatches")
-    return report.mismatches
+    if missing := len(came_in) - int((came.partition >= 0).sum()):
+        console.print(f"{missing:,} of {len(came_in):,} live events are no rows of the log: its cleaning left them out, counters did not")
+    if report.mixed:
+        console.print(f"{report.mixed:,} pages were ranked by a snapshot of several instants; their item side is left out")
+    return report

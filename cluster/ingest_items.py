@@ -8,6 +8,7 @@ the log is all that the hops need to hand over.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from cluster.event_log import EventLog
@@ -92,19 +93,27 @@ class ItemHop:
             owned.sources, owned.firsts, owned.items, owned.rewrite = sources, firsts, states, not whole
 
     async def publish(self) -> int:
-        """Publish the partitions whose snapshot is due; gives how many."""
-        held, done = self._held, 0
-        every = max(held.config.ingest.snapshot_every_s, 10 * self._publishing_s * max(1, len(held.owned)))
-        for p, owned in list(held.owned.items()):
-            if owned.items is None or time.monotonic() - owned.published < every:
-                continue
-            began = time.monotonic()
-            at, plan = time.time(), held.counting.items.plan
-            value = await asyncio.to_thread(packed_snapshot, plan, dict(owned.items), at)
+        """Publish the partitions whose snapshot is due; gives how many.
+
+        Instants are the multiples of `snapshot_every_s` on the store's clock, so that all partitions, whoever owns them, show one
+        instant; and what one process publishes is cut at one place of every log.
+        """
+        held, every = self._held, self._held.config.ingest.snapshot_every_s
+        every *= max(1, math.ceil(10 * self._publishing_s / every))
+        at = math.floor(await held.store.now() / every) * every
+        due = [(p, o, dict(o.items), self._counted(o)) for p, o in held.owned.items() if o.items is not None and o.published < at]
+        plan, began = held.counting.items.plan, time.monotonic()
+        for p, owned, states, counted in due:
+            value = await asyncio.to_thread(packed_snapshot, plan, states, at, counted)
             await held.store.publish(p, owned.claim.epoch, value)
-            owned.published, done = began, done + 1
+            owned.published = at
+        if due:
             self._publishing_s = time.monotonic() - began
-        return done
+        return len(due)
+
+    def _counted(self, owned: Owned) -> list[int]:
+        """Per partition, up to which entry its log is counted in these item-side states."""
+        return [placed(owned.sources.get(s, f" {owned.firsts[s]}"))[1] for s in range(self._held.partitions)]
 
 
 def placed(held: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from cluster.event_log import EventLog
 from cluster.owned import Batch, Holding, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
 from recsys.features.counting import Counting
+from recsys.features.records import counted_field
 from recsys.features.stream import Key, States
 
 Name = tuple[int, Key]
@@ -93,12 +94,16 @@ class UserHop:
                 continue
             changed, gone = (changed | now) - left, (gone | left) - now
         change = counting.user_change(states, changed if whole else list(states), gone)
-        return UserChange(user_id, whole and before, change.fields, change.gone)
+        fields = change.fields | counted_field(mine[-1].n + 1) if change.fields else change.fields
+        return UserChange(user_id, whole and before, fields, change.gone)
 
     async def _restore(self, counting: Counting, owned: Owned, step: Step, users: Sequence[str]) -> None:
         """The store had forgotten these users (it was short of memory, or they were away for long) while we knew them: tell it all."""
+        to = counted_field(owned.claim.n)
         told = [
-            UserChange(u, False, counting.user_change(owned.users[u], list(owned.users[u]), ()).fields) for u in users if u in owned.users
+            UserChange(u, False, counting.user_change(owned.users[u], list(owned.users[u]), ()).fields | to)
+            for u in users
+            if u in owned.users
         ]
         again = Step(step.partition, owned.claim, owned.claim.at, owned.claim.n, 0, told)
         (answer,) = await self._held.store.apply([again])

@@ -189,6 +189,12 @@ class PartitionStore:
         """A key of the partition's slot."""
         return f"{self._prefix}:{{{partition}}}:{part}".encode()
 
+    async def now(self) -> float:
+        """Unix seconds by the server's clock: the one clock that all consumers have in common."""
+        seconds, micros = await self._redis.time()
+        moment: float = seconds + micros / 1e6
+        return moment
+
     async def load(self) -> None:
         """Tell the server the scripts; needed again after it was started anew."""
         for text, _ in _SCRIPTS.values():

@@ -1,7 +1,8 @@
 """Item-side counters in this process: the consumers' snapshots are fetched in the background and put into every loaded version.
 
 A request never reads a counter: it takes the snapshot that its version holds, whole, whose age is reported (`state`). Where
-none was ever published, or the store is away, the bundle's own stands.
+none was ever published, or the store is away, the bundle's own stands. Partitions are published one after another: until all
+show one instant the snapshot of before stands, unless one of them stays behind.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from recsys.features.states import ItemSnapshot, StateSource
 from recsys.funnel import Funnel
 
 log = logging.getLogger(__name__)
+BEHIND = 3
+"""Snapshots that a partition may stay behind the others before theirs are taken without it."""
 _FAULTS = (faults.RedisError, OSError, TimeoutError, StoreError)
 
 
@@ -74,7 +77,8 @@ class CountersFollower:
 
     def apply(self, reader: SnapshotReader) -> None:
         """Give every loaded version the newest parts, where it does not have them yet."""
-        if not reader.parts:
+        at = sorted(part.at for part in reader.parts.values())
+        if not at or (at[0] < at[-1] < self._at + BEHIND * self._config.ingest.snapshot_every_s):
             return
         funnels = self._funnels()
         for funnel in funnels:
@@ -87,6 +91,6 @@ class CountersFollower:
             own = done[1] if done is not None else source.snapshot  # the bundle's, for groups that no part holds
             source.snapshot = item_snapshot(reader.parts, source.inputs, source.coder, own)
             self._applied[funnel.version] = (self._round, own)
-        self._at = min(part.at for part in reader.parts.values())
+        self._at = at[0]
         loaded = {funnel.version for funnel in funnels}
         self._applied = {version: done for version, done in self._applied.items() if version in loaded}

@@ -169,12 +169,12 @@ class Funnel:
         pairs = {EVIDENCE: evidence(candidates)} if any(f.name == EVIDENCE for f in self.ranker.pair_fields) else {}
         fields = self.user_fields(queries)
         if self.live is not None:
-            before, asked = self.live.snapshot_s, self.live.query_fields(queries)
+            before, asked = self.live.snapshot, self.live.query_fields(queries)
             fields = fields | asked
             # Counters know the bundle's items: the keys of a later one would be another's.
             counted = self.live.pair_fields(queries, np.where(candidates.items < len(self.items), candidates.items, UNKNOWN))
             pairs |= counted
-            if before == self.live.snapshot_s:  # for whoever logs the page; not where the snapshot was replaced meanwhile
+            if before is self.live.snapshot:  # for whoever logs the page; not where the snapshot was replaced meanwhile
                 queries.memo["used"] = (candidates.items, asked, counted, before)
         delta = self._eligibility(queries).delta
         if delta is None:

@@ -9,7 +9,6 @@ the page's request and the item. A request counts once, however often its page o
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +21,11 @@ import pyarrow.parquet as pq
 from recsys.core import Queries
 from recsys.data.sources import IMPRESSION
 from recsys.errors import DataError
-from recsys.features.inputs import Live
-from recsys.features.states import StateSource
+from recsys.features.records import counted_to
+from recsys.features.states import ItemSnapshot
 from recsys.funnel import FunnelRequest, PageItem
 
-FORMAT = "1"
+FORMAT = "2"
 SCHEMA = pa.schema(
     [
         ("request_id", pa.string()),
@@ -42,25 +41,28 @@ SCHEMA = pa.schema(
         ("propensities", pa.list_(pa.float32())),
         ("scores", pa.list_(pa.float32())),
         ("snapshot_s", pa.float64()),
-        ("user_newest_s", pa.float64()),
+        ("snapshot_counted", pa.list_(pa.int64())),
+        ("user_counted", pa.int64()),
         ("query_features", pa.map_(pa.string(), pa.list_(pa.float32()))),
         ("item_features", pa.map_(pa.string(), pa.list_(pa.float32()))),
     ],
     metadata={"rayfunnel.impressions": FORMAT},
 )
-"""at_s: the request's own instant, which values are of; positions from 1; propensities: the probability that the item stood there, 1 where nothing was drawn; snapshot_s: the item
-snapshot's instant, user_newest_s: the newest event that the user's counters held (null: none); query_features: W values of a
-feature, item_features: W values an item, one item after the other. Values are the ranker's inputs, after scaling."""
+"""at_s: the request's own instant, which values are of; positions from 1; propensities: the probability that the item stood there,
+1 where nothing was drawn; snapshot_s: the item snapshot's instant, snapshot_counted: per partition of the event log, the entries below
+this number were counted in it (null: those of the training log alone, []: it was cut at several places); user_counted: the same of
+the user's own counters (null: training log, -1: nobody knows). query_features: W values of a feature, item_features: W values an
+item, one item after the other. Values are the ranker's inputs, after scaling."""
 
 
 class Used(NamedTuple):
     """The aggregates that the fine ranker saw of a batch: items (B, N), fields of the queries (B, …) and of the pairs (B, N, W),
-    and the item snapshot's instant."""
+    and the item snapshot that they are of."""
 
     items: np.ndarray
     query_fields: Mapping[str, np.ndarray]
     pair_fields: Mapping[str, np.ndarray]
-    snapshot_s: float | None
+    snapshot: ItemSnapshot | None
 
 
 class Impression(NamedTuple):
@@ -79,7 +81,8 @@ class Impression(NamedTuple):
     propensities: list[float]
     scores: list[float]
     snapshot_s: float | None
-    user_newest_s: float | None
+    snapshot_counted: Sequence[int] | None
+    user_counted: int | None
     query_features: list[tuple[str, list[float]]]
     item_features: list[tuple[str, list[float]]]
 
@@ -94,7 +97,7 @@ def picked(queries: Queries | None, row: int, items: np.ndarray) -> Used | None:
     at = [slot.get(int(item), -1) for item in items]
     # An item that the ranker did not score, such as a pin, has no values: nor has its page then.
     pairs = {n: np.array(x[row, at], np.float32) for n, x in seen.pair_fields.items()} if at and min(at) >= 0 else {}
-    return Used(items, {n: np.array(x[row], np.float32) for n, x in seen.query_fields.items()}, pairs, seen.snapshot_s)
+    return Used(items, {n: np.array(x[row], np.float32) for n, x in seen.query_fields.items()}, pairs, seen.snapshot)
 
 
 def impression(
@@ -106,12 +109,11 @@ def impression(
     version: str,
     variant: str = "",
     degraded: Sequence[str] = (),
-    live: Live | None = None,
 ) -> Impression:
     """The record of one answered page; `seen` is of `picked`."""
     queried = [(n, x.reshape(-1).tolist()) for n, x in seen.query_fields.items()] if seen is not None else []
     paired = [(n, x.reshape(-1).tolist()) for n, x in seen.pair_fields.items()] if seen is not None else []
-    n = len(page)
+    n, snapshot = len(page), None if seen is None else seen.snapshot
     return Impression(
         request_id,
         request.user_id,
@@ -123,23 +125,14 @@ def impression(
         list(degraded),
         [item.item_id for item in page],
         list(range(1, n + 1)),
-        [1.0] * n,
+        [item.propensity for item in page],
         [item.score for item in page],
-        None if seen is None else seen.snapshot_s,
-        newest_of(request, live),
+        None if snapshot is None else snapshot.at,
+        None if snapshot is None else snapshot.counted,
+        None if not request.counters else -1 if (counted := counted_to(request.counters)) is None else counted,
         queried,
         paired,
     )
-
-
-def newest_of(request: FunnelRequest, live: Live | None) -> float | None:
-    """The newest event that a user's counters hold: those that the store gave, else the bundle's."""
-    if live is None or not isinstance(live.source, StateSource):
-        return None
-    source = live.source
-    states = source.stream.unpack(request.counters) if request.counters else source.read_user(request.user_id) or {}
-    newest = max((s.newest for s in states.values()), default=-math.inf)
-    return newest if math.isfinite(newest) else None
 
 
 def table_of(impressions: Sequence[Impression]) -> pa.Table:

@@ -20,6 +20,8 @@ class PageItem(NamedTuple):
     sources: list[str]
     title: str | None
     explain: dict[str, Any] | None
+    propensity: float = 1.0
+    """The probability with which it stands at its place; below 1 where places are explored."""
 
 
 def pages(
@@ -38,7 +40,8 @@ def pages(
         called = [delta.title(row) or title for row, title in zip(rows.tolist(), called, strict=True)]
     bits = ((candidates.channel_ranks > 0) << np.arange(len(candidates.channels))).sum(2)[known].tolist()
     names = {m: [c for i, c in enumerate(candidates.channels) if m >> i & 1] for m in set(bits)}
-    flat = [PageItem(i, s, names[m], t, None) for i, s, m, t in zip(ids, scores, bits, called, strict=True)]
+    chance = candidates.trail[RULES][1][known].tolist() if RULES in candidates.trail else [1.0] * len(ids)
+    flat = [PageItem(i, s, names[m], t, None, p) for i, s, m, t, p in zip(ids, scores, bits, called, chance, strict=True)]
     if queries.explain:
         where = np.argwhere(known)
         flat = [item._replace(explain=_explained(candidates, int(b), int(n))) for item, (b, n) in zip(flat, where, strict=True)]

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.data import event_files
 from recsys.data.columns import FROM_TIME
+from recsys.data.interactions import Interactions
 from recsys.data.sources import IMPRESSION, DataConfig, LogColumns
 from recsys.errors import DataError
 
@@ -72,6 +74,26 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
             out[rule.column] = pa.array([yes if s else None for s in said])
     cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
     return pa.table(cast)
+
+
+def arrivals(log: Interactions, events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """((E,) partition, (E,) position) in the event log of each row of a log that took `events` in; -1 for rows of its own files.
+
+    A row is known by its user, item and time; of several the last ones came in live, in the order of their positions.
+    """
+    columns = ("partition", "position")
+    came = events.select(["user_id", "item_id", "time_ms", *columns]).to_pandas().sort_values(list(columns), kind="stable")
+    live = pd.DataFrame(
+        {"user": log.users.rows(came["user_id"].to_numpy(object)), "item": log.items.rows(came["item_id"].to_numpy(object))}
+    )
+    live = live.assign(ms=came["time_ms"].to_numpy(), **{c: came[c].to_numpy() for c in columns})
+    key = ["user", "item", "ms"]
+    live["behind"] = live.groupby(key).cumcount(ascending=False)
+    rows = pd.DataFrame({"user": log.user, "item": log.item, "ms": np.round(1000 * log.time).astype(np.int64)})
+    rows["behind"] = rows.groupby(key).cumcount(ascending=False)
+    found = rows.merge(live, how="left", on=[*key, "behind"])
+    partition, position = (found[c].fillna(-1).to_numpy(np.int64) for c in columns)
+    return partition, position
 
 
 def _contexts(column: pa.ChunkedArray) -> list[dict[str, Any]]:

@@ -77,6 +77,12 @@ class AsOf:
             if name in wanted
         }
 
+    def where(self, mask: np.ndarray) -> AsOf:
+        """The same over the rows of `mask` (E,) bool alone; codes of context columns stay."""
+        out = AsOf(self.plan, self.log.where(mask), self.columns, self.told[mask], offset_s=self.offset_s)
+        out.__dict__["context"] = {name: TextColumn(c.codes[mask], c.texts) for name, c in self.context.items()}
+        return out
+
     def at_rows(self, rows: np.ndarray) -> Asked:
         """What the log's rows at these positions ask, each just before itself; a screen's rows do not see each other."""
         times = self.log.time[rows]

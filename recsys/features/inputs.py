@@ -226,10 +226,9 @@ class Live:
     items: Vocabulary
 
     @property
-    def snapshot_s(self) -> float | None:
-        """The instant of the item side, Unix seconds; None where values are of a log."""
-        held: Any = getattr(self.source, "snapshot", None)
-        return None if held is None else float(held.at)
+    def snapshot(self) -> Any:
+        """The `states.ItemSnapshot` in use; None where values are of a log."""
+        return getattr(self.source, "snapshot", None)
 
     def query_fields(self, queries: Queries) -> dict[str, np.ndarray]:
         """The user-side fields of B queries, (B, …) each."""

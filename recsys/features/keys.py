@@ -83,6 +83,18 @@ class KeyColumns:
                 return side
         return None
 
+    def padded(self, n_users: int, n_items: int) -> KeyColumns:
+        """The same with rows behind the others, of which nothing is known."""
+        more, out = {"user": n_users, "item": n_items}, KeyColumns()
+        for side in ("user", "item"):
+            for name, c in self.texts[side].items():
+                out.texts[side][name] = TextColumn(
+                    np.concatenate([c.codes, np.full((more[side], c.codes.shape[1]), -1, c.codes.dtype)]), c.texts
+                )
+            for name, numbers in self.numbers[side].items():
+                out.numbers[side][name] = np.concatenate([numbers, np.full(more[side], np.nan)])
+        return out
+
     def save(self, folder: Path) -> None:
         """Write what `load` reads into an existing folder."""
         for side in ("user", "item"):

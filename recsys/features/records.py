@@ -1,7 +1,8 @@
 """A stream's states as fields of hashes in a store: one field a key, so that an event rewrites only what it touched.
 
 A field is named by 4 bytes of the declaration and the texts of its key; its value is what `Stream.unpack` reads, so the values
-of a hash one after another are the packed states of their owner.
+of a hash one after another are the packed states of their owner. One field more says how far they count (`counted_to`): whoever
+reads them passes over it, as over a declaration that is no longer in force.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from recsys.features.packed import digest, pack, unpack
 from recsys.features.stream import Key, States
 
 _HEAD, _SIZE = struct.Struct("<BH"), struct.Struct("<I")
+_COUNTED = struct.Struct("<Q")
+COUNTED = b"\0\0\0\0"
+"""The field that says how far a user is counted; no declaration's mark."""
 MOST_PENDING_OF_ITEMS = 64
 """Item-side values are asked for at the time of a snapshot, behind every event: few need to be kept apart."""
 
@@ -48,6 +52,25 @@ class Records:
                 texts = held[_HEAD.size : _HEAD.size + n].decode()
                 found[number, tuple(texts.split("\0"))] = unpack(self.plan.groups[number], body, mark=body[1:5])
         return found
+
+
+def counted_field(n: int) -> dict[bytes, bytes]:
+    """The field and value of a user of whom every entry of the partition's log below number `n` is counted, and none from it on."""
+    body = b"\1" + COUNTED + _COUNTED.pack(n)
+    return {COUNTED: _HEAD.pack(0, 0) + _SIZE.pack(len(body)) + body}
+
+
+def counted_to(counters: bytes) -> int | None:
+    """What `counted_field` said, of a user's values one after another; None where they do not say."""
+    at = 0
+    while at < len(counters):
+        _, n = _HEAD.unpack_from(counters, at)
+        (size,) = _SIZE.unpack_from(counters, at + _HEAD.size + n)
+        body = at + _HEAD.size + n + _SIZE.size
+        if counters[body + 1 : body + 5] == COUNTED:
+            return int(_COUNTED.unpack_from(counters, body + 5)[0])
+        at = body + size
+    return None
 
 
 def parted(plan: Plan) -> tuple[Plan, Plan]:

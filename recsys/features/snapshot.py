@@ -1,7 +1,7 @@
 """The item side at one time, as rankers take it: arrays by key, in outside terms, for a bundle of any version to read.
 
-A partition's snapshot is one value: its time, then a table (Arrow) per group of aggregates that the group's declaration names. A
-row is a key (its texts), the amounts of each aggregate at that time and when its newest event was; a list's values are texts.
+A partition's snapshot is one value: its time, how far each partition's log is counted in it, then a table (Arrow) per group of
+aggregates that the group's declaration names. A row is a key (its texts), the amounts of each aggregate at that time and when its newest event was; a list's values are texts.
 A ranker joins the snapshots of all partitions into an `ItemSnapshot` of its own rows and codes, in the background.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,21 +25,23 @@ from recsys.features.states import LATEST, Coder, ItemSnapshot, Looked, looked
 from recsys.features.stream import Key, States
 from recsys.features.tally import Ends, Tally
 
-_HEAD = struct.Struct("<Bd")
+_HEAD = struct.Struct("<BdH")
 _SIZE = struct.Struct("<4sI")
-VERSION = 1
+VERSION = 2
 
 
 class Part(NamedTuple):
-    """One partition's snapshot: Unix seconds, and by the mark of a group its keys (texts joined by NUL) and columns."""
+    """One partition's snapshot: Unix seconds, and by the mark of a group its keys (texts joined by NUL) and columns. counted: per
+    partition, the log entries below this number are counted."""
 
     at: float
+    counted: tuple[int, ...]
     tables: dict[bytes, pa.Table]
 
 
-def packed_snapshot(plan: Plan, states: States, at: float) -> bytes:
+def packed_snapshot(plan: Plan, states: States, at: float, counted: Sequence[int]) -> bytes:
     """The states of item-side keys at a time, as one value of a store."""
-    out = bytearray(_HEAD.pack(VERSION, at))
+    out = bytearray(_HEAD.pack(VERSION, at, len(counted))) + struct.pack(f"<{len(counted)}Q", *counted)
     by_group: dict[int, list[tuple[Key, GroupState]]] = {}
     for (number, key), state in states.items():
         by_group.setdefault(number, []).append((key, state))
@@ -82,10 +84,13 @@ def _as_arrow(table: pa.Table) -> bytes:
 def unpacked_snapshot(held: bytes) -> Part:
     """What `packed_snapshot` wrote. StoreError for another version or damage."""
     try:
-        version, at = _HEAD.unpack_from(held)
+        version, at, n = _HEAD.unpack_from(held)
         if version != VERSION:
-            raise StoreError(f"A snapshot has version {version}, this code reads {VERSION}. Run the newer release.")
-        place, tables = _HEAD.size, {}
+            raise StoreError(
+                f"A snapshot has version {version}, this code reads {VERSION}. Run one release; its consumers write another within seconds."
+            )
+        counted = struct.unpack_from(f"<{n}Q", held, _HEAD.size)
+        place, tables = _HEAD.size + 8 * n, {}
         while place < len(held):
             mark, size = _SIZE.unpack_from(held, place)
             place += _SIZE.size
@@ -94,7 +99,7 @@ def unpacked_snapshot(held: bytes) -> Part:
             place += size
     except (struct.error, pa.ArrowInvalid, OSError) as fault:
         raise StoreError(f"A snapshot of {len(held)} bytes is damaged ({fault}). The next one replaces it.") from fault
-    return Part(at, tables)
+    return Part(at, counted, tables)
 
 
 def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Coder, fallback: ItemSnapshot) -> ItemSnapshot:
@@ -111,7 +116,11 @@ def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Cod
             groups[number] = _looked(group, tables, coder)
         elif number in fallback.groups:
             groups[number] = fallback.groups[number]
-    return ItemSnapshot(min((part.at for part in parts.values()), default=fallback.at), groups)
+    if not parts:
+        return fallback
+    cuts = {(part.at, part.counted) for part in parts.values()}
+    at, counted = min(cuts)
+    return ItemSnapshot(at, groups, counted if len(cuts) == 1 else ())
 
 
 def _looked(group: Group, tables: Iterable[pa.Table], coder: Coder) -> Looked:

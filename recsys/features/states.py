@@ -158,10 +158,15 @@ def looked(group: Group, states: Iterable[tuple[int, GroupState]], at: Instant, 
 
 @dataclass(frozen=True)
 class ItemSnapshot:
-    """Item-side values at one time: group number -> arrays. `at` is Unix seconds; an impression log names it."""
+    """Item-side values at one time: group number -> arrays. `at` is Unix seconds; an impression log names it.
+
+    counted: per partition of the event log, the entries below this number are counted; None: those of the training log alone;
+    (): its parts were cut at several places, or at several times.
+    """
 
     at: float
     groups: dict[int, Looked]
+    counted: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, inputs: AggregateInputs, coder: Coder, states: States, at: float) -> Self:

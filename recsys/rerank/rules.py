@@ -4,15 +4,16 @@ The order, each on what the one before left:
     1. blocks, exclusions, filters   inside every search, long before: what they forbid is not here any more
     2. worth                         fine score x boosts x novelty x what is like something unwanted x new items; who stands first
     3. diversity and caps            on worth (see diversity.py); a cap gives way before a place stays empty
-    4. exploration                   a place of the page goes to a candidate drawn at random
-    5. pins                          at their places, whatever else wants them
-Scores stay the fine scores: rules change the order alone, so what is logged of a page is what the ranker said.
+    4. pins                          at their places, whatever else wants them
+    5. exploration                   any other place goes, now and then, to a candidate drawn at random
+Exploration comes last, so that each item's probability to stand where it stands is known exactly. Scores stay the fine scores: rules change the order alone, so what is logged of a page is what the ranker said.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -150,10 +151,10 @@ class Rules:
         if moved:
             reasons = self._moved(candidates, start, page, why, reasons)
         filled = _Filled(page, reasons, np.where(page.items == UNKNOWN, 0, 1).astype(np.float32))
-        if self.config.explore.share > 0:
-            filled = self._explored(queries, start, filled)
         if self.config.pins or any(w is not None and w.pins for w in wishes):
             filled = self._pinned(queries, start, filled, k)
+        if self.config.explore.share > 0:
+            filled = self._explored(queries, start, filled)
         if queries.explain or self.config.explore.share > 0:
             filled.page.trail = {**filled.page.trail, RULES: (filled.reasons.astype(np.int16), filled.chance)}
         return filled.page
@@ -229,26 +230,29 @@ class Rules:
     # ---- exploration and pins -------------------------------------------------------------------------------------
 
     def _explored(self, queries: Queries, start: Candidates, before: _Filled) -> _Filled:
-        """Each place from `first_place` on goes, with probability `share`, to one of the candidates that are not on the page.
+        """Each place from `first_place` on that has no pin goes, with probability `share`, to one of the candidates that are not
+        on the page, each as likely as the other.
 
-        The draw hangs on the user and the instant alone, so every process draws alike. chance: share / M for each of the M who
-        could be drawn, 1 - share for who stood there.
+        The draw hangs on the user and the instant alone, so every process draws alike. chance: of M candidates beside the page each
+        stands at such a place with probability share / M, who stood there stays with 1 - share; and both times the probability that
+        a candidate is left, where there are fewer than places.
         """
-        c = self.config.explore
-        page = before.page
-        slots, chance, reasons = _slots(start, page), before.chance.copy(), before.reasons.copy()
+        c, page = self.config.explore, before.page
+        reasons, chance = before.reasons.copy(), before.chance.copy()
+        slots = np.tile(np.arange(page.width), (len(page), 1))
         for b in range(len(page)):
-            filled = int((page.items[b] != UNKNOWN).sum())
-            rest = [n for n in range(int((start.items[b] != UNKNOWN).sum())) if n not in set(slots[b].tolist())]
-            rng = np.random.default_rng(id_hash(f"{queries.user_ids[b]}\0{float(queries.at[b])!r}"))
-            for place in range(c.first_place - 1, filled):
-                if not rest:
-                    break
-                drawn, among_them = rng.random() < c.share, int(rng.integers(len(rest)))
-                chance[b, place] = c.share / len(rest) if drawn else 1 - c.share
-                if drawn:
-                    slots[b, place], reasons[b, place] = rest.pop(among_them), EXPLORED
-        return _Filled(_page_of(start, slots), reasons, chance)
+            on_page = set(page.items[b].tolist())
+            rest = [n for n, item in enumerate(start.items[b].tolist()) if item not in on_page and item != UNKNOWN]
+            places = [n for n in range(c.first_place - 1, int((page.items[b] != UNKNOWN).sum())) if reasons[b, n] != PINNED]
+            drawable, rng = len(rest), np.random.default_rng(id_hash(f"{queries.user_ids[b]}\0{float(queries.at[b])!r}"))
+            for number, place in enumerate(places):
+                given = c.share * _fewer(drawable, number, c.share)
+                drawn, one = rng.random() < c.share, rng.random()
+                chance[b, place] = 1 - given
+                if drawn and rest:
+                    chance[b, place], reasons[b, place] = given / drawable, EXPLORED
+                    slots[b, place] = page.width + rest.pop(int(one * len(rest)))
+        return _Filled(_page_of(_beside(page, start), slots), reasons, chance)
 
     def _pinned(self, queries: Queries, start: Candidates, before: _Filled, k: int) -> _Filled:
         """Pins at their places; an item that no channel recalled comes with a score of 0. The page stays as long as it can be."""
@@ -286,37 +290,38 @@ class Rules:
         return _Filled(_page_of(wide, slots), out_why, out_chance)
 
 
-def _slots(start: Candidates, page: Candidates) -> np.ndarray:
-    """(B, k) where each item of a page stands among the candidates; an empty place, where an empty slot is."""
-    out = np.zeros(page.items.shape, np.int64)
-    for b in range(len(page)):
-        at = {int(item): n for n, item in reversed(list(enumerate(start.items[b].tolist())))}
-        out[b] = [at.get(int(item), 0) for item in page.items[b]]
-    return out
-
-
 def _page_of(candidates: Candidates, slots: np.ndarray) -> Candidates:
     return candidates.reordered(slots, np.take_along_axis(candidates.scores, slots, 1), stage="rerank")
 
 
+def _fewer(most: int, n: int, share: float) -> float:
+    """The probability that of n draws, each made with probability `share`, fewer than `most` were made."""
+    return 1.0 if n < most else sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(most))
+
+
 def _with(candidates: Candidates, rows: np.ndarray) -> Candidates:
     """The candidates, behind them items (B, P) that nothing recalled, with score 0, and one empty slot."""
-    B, P = rows.shape[0], rows.shape[1] + 1
-    more = np.concatenate([rows, np.full((B, 1), UNKNOWN, np.int32)], 1)
-    scores = np.where(more == UNKNOWN, -np.inf, 0).astype(np.float32)
+    more = np.concatenate([rows, np.full((len(rows), 1), UNKNOWN, np.int32)], 1).astype(np.int32)
     C = len(candidates.channels)
-    trail = {
-        name: (np.concatenate([r, np.zeros((B, P), r.dtype)], 1), np.concatenate([s, np.zeros((B, P), s.dtype)], 1))
-        for name, (r, s) in candidates.trail.items()
-    }
-    return Candidates(
-        np.concatenate([candidates.items, more], 1).astype(np.int32),
-        np.concatenate([candidates.scores, scores], 1),
-        candidates.channels,
-        np.concatenate([candidates.channel_scores, np.full((B, P, C), np.nan, np.float32)], 1),
-        np.concatenate([candidates.channel_ranks, np.zeros((B, P, C), np.int16)], 1),
-        trail,
-        candidates.stage,
-        candidates.lost,
-        None if candidates.merged is None else np.concatenate([candidates.merged, scores], 1),
+    scores = np.where(more == UNKNOWN, -np.inf, 0).astype(np.float32)
+    nothing = {name: (np.zeros(more.shape, r.dtype), np.zeros(more.shape, s.dtype)) for name, (r, s) in candidates.trail.items()}
+    unknown, unranked = np.full((*more.shape, C), np.nan, np.float32), np.zeros((*more.shape, C), np.int16)
+    strangers = Candidates(more, scores, candidates.channels, unknown, unranked, nothing, merged=scores)
+    return _beside(candidates, strangers)
+
+
+def _beside(one: Candidates, other: Candidates) -> Candidates:
+    """The candidates of both, (B, N + M), those of `one` first."""
+
+    def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.concatenate([a, b], 1)
+
+    return replace(
+        one,
+        items=both(one.items, other.items),
+        scores=both(one.scores, other.scores),
+        channel_scores=both(one.channel_scores, other.channel_scores),
+        channel_ranks=both(one.channel_ranks, other.channel_ranks),
+        trail={name: (both(r, other.trail[name][0]), both(s, other.trail[name][1])) for name, (r, s) in one.trail.items()},
+        merged=None if one.merged is None or other.merged is None else both(one.merged, other.merged),
     )

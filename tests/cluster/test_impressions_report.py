@@ -22,7 +22,23 @@ def config(small: Small, tmp_path):
     values = [("item_n", [1.0, 2.0])]
     pages = [
         Impression(
-            name, "u3", at * 1000, float(at), version, "", "{}", [], ["i1", "i3"], [1, 2], [1.0, 1.0], [0.5, 0.4], 1.0, None, [], values
+            name,
+            "u3",
+            at * 1000,
+            float(at),
+            version,
+            "",
+            "{}",
+            [],
+            ["i1", "i3"],
+            [1, 2],
+            [1.0, 1.0],
+            [0.5, 0.4],
+            1.0,
+            None,
+            None,
+            [],
+            values,
         )
         for name, version in (("r1", small.version), ("r2", "v000099-00000000"))
     ]

@@ -197,6 +197,28 @@ def test_exploration_gives_places_away_and_says_with_what_probability():
     np.testing.assert_allclose(drawn / times, [0, 0.5, *[0.125] * 4], atol=0.04)
 
 
+def test_the_logged_probability_is_how_often_an_item_stands_at_a_place_beside_pins_and_where_candidates_run_out():
+    """8 candidates, a page of 6: places 2 to 6 are explored but the pinned 4, and 3 candidates are left for 4 places."""
+    made = rules(RulesConfig(explore=ExploreConfig(share=0.8, first_place=2), pins=(PinConfig(item_id="15", place=4),)))
+    times, k = 6_000, 6
+    stood, told = np.zeros((20, k)), np.full((20, k), np.nan)
+    for a in range(0, times, 500):
+        queries = replace(queries_of(*[[]] * 500), at=np.arange(a, a + 500, dtype=float))
+        out = made.rerank(queries, candidates_of([list(range(8))] * 500), k)
+        for items, chances in zip(out.items.tolist(), out.trail[RULES][1].tolist(), strict=True):
+            for place, (item, chance) in enumerate(zip(items, chances, strict=True)):
+                stood[item, place] += 1
+                assert np.isnan(told[item, place]) or told[item, place] == chance, "one probability for an item at a place"
+                told[item, place] = chance
+    assert told[0, 0] == told[15, 3] == 1, "the first place and the pin's"
+    assert told[1, 1] == pytest.approx(0.2)
+    assert told[5, 1] == pytest.approx(0.8 / 3)
+    # At the fourth explored place a candidate is left unless all of the three before were drawn: .8 x (1 - .8 ** 3).
+    assert told[5, 5] == pytest.approx(0.8 * (1 - 0.8**3) / 3)
+    assert told[4, 5] == pytest.approx(1 - 0.8 * (1 - 0.8**3))
+    np.testing.assert_allclose(stood / times, np.nan_to_num(told), atol=0.025)  # four standard deviations
+
+
 def test_the_draw_is_the_same_in_every_process_and_batch():
     made = rules(RulesConfig(explore=ExploreConfig(share=0.5, first_place=1)))
     queries = queries_of([], [], [])

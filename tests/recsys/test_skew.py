@@ -11,10 +11,11 @@ from recsys.config import Config
 from recsys.data.interactions import Interactions
 from recsys.features.generate import told
 from recsys.features.groups import Row
+from recsys.features.records import COUNTED, counted_field
 from recsys.features.states import ItemSnapshot
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.impressions import impression, picked, table_of
-from recsys.skew import compared
+from recsys.skew import Came, compared
 from tests.recsys.test_features_live import AGGREGATES
 from tests.small import config_of, recipe_of, write_data
 
@@ -47,15 +48,16 @@ def day(config: Config, log: Interactions, funnel: Funnel) -> tuple[list, Intera
         labels = {"positive": 1.0}
         stream.apply(Row(at, len(log) + n, user, item, "click", float("nan"), labels, context, told=True))
         if n % 17 == 0:
-            source.snapshot = ItemSnapshot.of(funnel.live.inputs, source.coder, stream.of_items, at)
+            fresh = ItemSnapshot.of(funnel.live.inputs, source.coder, stream.of_items, at)
+            source.snapshot = dataclasses.replace(fresh, counted=(n + 1,))
         if n % 5 == 0:
             asker = f"u{rng.integers(60)}"
-            counters = stream.pack(stream.of_user.get(asker, {}))
+            counters = stream.pack(stream.of_user.get(asker, {})) + counted_field(n + 1)[COUNTED]
             request = FunnelRequest(asker, 5, at + 30.0 + float(rng.random()), context=context, counters=counters)
             queries = funnel.queries([request])
             page = funnel.page(queries, funnel.recommend(queries))[0]
             seen = picked(queries, 0, funnel.items.rows([i.item_id for i in page]))
-            pages.append(impression(request, f"r{n}", page, seen, version=funnel.version, live=funnel.live))
+            pages.append(impression(request, f"r{n}", page, seen, version=funnel.version))
     users, items, times, devices = zip(*events, strict=True)
     whole = dataclasses.replace(
         log,
@@ -71,13 +73,19 @@ def day(config: Config, log: Interactions, funnel: Funnel) -> tuple[list, Intera
     return pages, whole
 
 
+def came(log: Interactions, whole: Interactions, config: Config) -> Came:
+    """The day's events came in behind the log, one after another."""
+    live = np.arange(len(whole)) - len(log)
+    return Came(whole, told(whole, config.history), np.where(live < 0, -1, 0), live)
+
+
 def test_a_simulated_day_has_no_mismatch(served):
     config, log, bundle = served
     funnel = Funnel.load(bundle)
     pages, whole = day(config, log, funnel)
     assert len({p.snapshot_s for p in pages}) > 10  # the snapshot moved on
-    assert sum(p.user_newest_s > float(log.time.max()) for p in pages) > 40
-    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), whole, told(whole, config.history))
+    assert len({p.user_counted for p in pages}) == 80
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), came(log, whole, config))
     assert report.pages == 80
     assert report.without == 0
     assert report.mismatches == 0, report
@@ -99,7 +107,7 @@ def test_an_injected_bug_in_one_road_is_named(served, monkeypatch):
     monkeypatch.setattr(ItemSnapshot, "of", classmethod(forgets_the_newest))
     pages, whole = day(config, log, funnel)
     monkeypatch.undo()
-    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), whole, told(whole, config.history))
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), came(log, whole, config))
     wrong = {name for name, s in report.features.items() if s.mismatches}
     assert "item_device_n" in wrong
     assert wrong <= {"item_n", "item_device_n", "reach"}
@@ -111,7 +119,7 @@ def test_a_feature_scaled_otherwise_is_named_and_no_other(served, monkeypatch):
     funnel = Funnel.load(bundle)
     funnel.live.inputs.scales["user_n"] = (0.0, 1.0)
     pages, whole = day(config, log, funnel)
-    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), whole, told(whole, config.history))
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), came(log, whole, config))
     assert {name for name, s in report.features.items() if s.mismatches} == {"user_n"}
 
 
@@ -121,7 +129,7 @@ def test_pages_of_other_versions_and_without_values_are_counted_not_compared(ser
     request = FunnelRequest("u1", 3, float(log.time.max()) + 1)
     queries = funnel.queries([request])
     page = funnel.page(queries, funnel.recommend(queries))[0]
-    bare = impression(request, "r1", page, None, version=funnel.version, live=funnel.live)
+    bare = impression(request, "r1", page, None, version=funnel.version)
     other = bare._replace(request_id="r2", model_version="v9")
-    report = compared(table_of([bare, other]), funnel, log, told(log, config.history))
+    report = compared(table_of([bare, other]), funnel, Came.of_files(log, told(log, config.history)))
     assert (report.pages, report.without, report.mismatches) == (0, 1, 0)
