@@ -1,4 +1,4 @@
-"""The offline commands: prepare, train, evaluate, publish, tune, recommend. Each is idempotent: what is up to date is kept.
+"""The offline commands: prepare, train, publish, recommend (evaluation.py and search.py have theirs). Each is idempotent: what is up to date is kept.
 
 State is named by what made it: a change of data, of the code's version or of a key that matters gives another folder, so
 nothing stale is ever reused and nothing has to be deleted by hand.
@@ -32,7 +32,7 @@ from cluster.registry import Registry, open_registry
 from cluster.runtime import start_ray
 from recsys import packing
 from recsys.bundle import read_manifest
-from recsys.config import Config, Protocol
+from recsys.config import Config
 from recsys.core import canonical_id
 from recsys.data.paths import resolver
 from recsys.data.split import SplitConfig
@@ -254,37 +254,12 @@ def _promote_first(registry: Registry, version: str, console: Console) -> None:
 # ---- judging ----------------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    config: Config,
-    console: Console,
-    *,
-    protocol: Protocol | None = None,
-    models: Sequence[str] | None = None,
-    json: Path | None = None,
-    html: Path | None = None,
-) -> dict[str, Any]:
-    """Fit what is missing, judge every channel, stage, the funnel and the baselines; returns what --json writes."""
-    from cluster import evaluation
-
-    return evaluation.evaluate(config, console, protocol=protocol, models=models, json=json, html=html)
-
-
 def _judge(config: Config, steps: Recipe, console: Console) -> Report:
     """The report that a version is published with."""
     from cluster import evaluation
 
     protocol = evaluation.protocol_for(config, steps.prepared, None)
     return evaluation.judge(config, steps, evaluation.held_out_of(config, steps, protocol), console, protocol=protocol)
-
-
-# ---- search -----------------------------------------------------------------------------------------------------------
-
-
-def tune(config: Config, space: Path, console: Console, *, trials: int | None = None, write: Path | None = None) -> dict[str, Any]:
-    """Search the space with Ray Tune, print the trials, write the best as an overlay; returns the best values."""
-    from cluster.search import search_config
-
-    return search_config(config, space, console, trials=trials, write=write)
 
 
 # ---- answers without a service ----------------------------------------------------------------------------------------

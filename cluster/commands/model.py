@@ -78,9 +78,9 @@ def tune(
 
       rayfunnel train -c configs/movielens.yaml -c best.yaml
     """
-    from cluster import pipeline
+    from cluster import search
 
-    pipeline.tune(load(config, settings), space, out, trials=trials, write=write)
+    search.search_config(load(config, settings), space, out, trials=trials, write=write)
 
 
 def evaluate(
@@ -106,10 +106,10 @@ def evaluate(
 
       rayfunnel evaluate -c configs/movielens.yaml --protocol top_n --models ease,ials
     """
-    from cluster import pipeline
+    from cluster import evaluation
 
     names = [name.strip() for name in models.split(",") if name.strip()] if models else None
-    pipeline.evaluate(load(config, settings), out, protocol=protocol, models=names, json=json, html=html)
+    evaluation.evaluate(load(config, settings), out, protocol=protocol, models=names, json=json, html=html)
 
 
 def recommend(

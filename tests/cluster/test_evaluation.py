@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cluster import evaluation, pipeline, report_table
+from cluster import evaluation, report_table
 from recsys.baselines import NAMES
 from recsys.config import Config, load
 from recsys.contenders import assemble, contenders, fit_here
@@ -218,4 +218,4 @@ def test_fits_and_judging_on_ray_equal_those_in_process(small: Small, ray_cluste
 
 def test_pipelines_evaluate_is_this(tmp_path):
     write_data(tmp_path)
-    assert set(rows_of(pipeline.evaluate(config_of(tmp_path), console(), models=["popular"]))) == {"popular", *NAMES}
+    assert set(rows_of(evaluation.evaluate(config_of(tmp_path), console(), models=["popular"]))) == {"popular", *NAMES}

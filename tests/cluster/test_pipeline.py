@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cluster import pipeline
+from cluster import evaluation, pipeline
 from cluster.registry import open_registry
-from cluster.search import with_values
+from cluster.search import search_config, with_values
 from recsys import packing
 from recsys.config import load
 from recsys.ctr_protocol import judge_ctr
@@ -52,7 +52,7 @@ def test_train_publishes_promotes_the_first_and_is_not_repeated(tmp_path, ray_cl
     pipeline.recommend(config, ["u0", "nobody"], shown, k=3)
     assert "Item" in shown.export_text()
 
-    report = pipeline.evaluate(config, console(), models=["popular", "funnel"], json=tmp_path / "r.json", html=tmp_path / "r.html")
+    report = evaluation.evaluate(config, console(), models=["popular", "funnel"], json=tmp_path / "r.json", html=tmp_path / "r.html")
     baselines = {"Pop", "ItemKNN", "EASE", "Markov"}  # stand beside whatever is asked for
     assert {row["model"] for row in report["rows"]} == {"popular", "funnel"} | baselines
     assert json.loads((tmp_path / "r.json").read_text())["protocol"] == "next_item"
@@ -69,7 +69,7 @@ def test_tune_tries_the_configuration_as_it_is_and_writes_the_best(tmp_path, ray
         "  two_tower.model.user_hidden: {choice: [[], [8]]}\n"
     )
     told = console()
-    best = pipeline.tune(config, space, told, write=tmp_path / "best.yaml")
+    best = search_config(config, space, told, write=tmp_path / "best.yaml")
     assert set(best) == {"two_tower.training.embedding_learning_rate", "two_tower.model.user_hidden"}
     assert "as configured" in told.export_text()
     overlaid = load([tmp_path / "small.yaml", tmp_path / "best.yaml"])
