@@ -200,7 +200,7 @@ def tell_trained(console: Console, name: str, best_epoch: int, epochs: int, metr
     console.print(f"[bold]{name}[/] best epoch {best_epoch + 1} of {epochs}: {shown}", highlight=False)
 
 
-def train(config: Config, console: Console, *, parent_version: str | None = None) -> str:
+def train(config: Config, console: Console) -> str:
     """Fit everything, judge it on the test, refit on the whole log, publish; promote where nothing is in production.
 
     Returns the version. A configuration that was published already, on the same data, is not trained again.
@@ -217,7 +217,7 @@ def train(config: Config, console: Console, *, parent_version: str | None = None
     report = _judge(config, steps, console)
     for table in report_table.tables(report.as_json()):
         console.print(table)
-    version = _publish(config, steps, registry, report, console, parent_version=parent_version)
+    version = _publish(config, steps, registry, report, console)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(known | {key_of_page: version}))
     _promote_first(registry, version, console)
@@ -228,10 +228,10 @@ def publish(config: Config, console: Console) -> str:
     """Publish what `train` has fitted for this configuration (fitting what is missing), without promoting it."""
     registry = open_registry(config.place("registry"))
     steps, _ = recipe(config, console)
-    return _publish(config, steps, registry, _judge(config, steps, console), console, parent_version=None)
+    return _publish(config, steps, registry, _judge(config, steps, console), console)
 
 
-def _publish(config: Config, steps: Recipe, registry: Registry, report: Report, console: Console, *, parent_version: str | None) -> str:
+def _publish(config: Config, steps: Recipe, registry: Registry, report: Report, console: Console) -> str:
     final = steps.final()
     rows = {row.model: row.metrics() for row in report.rows}
     shown = rows.get("funnel", rows.get("coarse", {}))
@@ -240,7 +240,6 @@ def _publish(config: Config, steps: Recipe, registry: Registry, report: Report, 
         version: str = registry.publish(
             lambda folder: packing.pack(final, folder, tower=steps.final_tower, ranker=steps.ranker),
             metrics=metrics,
-            parent_version=parent_version,
         )
     console.print(f"published [bold]{version}[/] to {config.place('registry')}")
     return version

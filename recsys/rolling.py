@@ -7,7 +7,6 @@ version does not know is one that it misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ from recsys.retrain_config import GateConfig
 from recsys.significance import paired_t
 
 CHUNK = 64
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Newest:
             raise DataError("The newest events hold no positive that its user had not had before, so there is nothing to judge by.")
         return cls(requests, Relevant.of(wanted), log.items, log, told)
 
-    def asked(self, funnel: Funnel, progress: Progress | None = None) -> np.ndarray:
+    def asked(self, funnel: Funnel) -> np.ndarray:
         """(B, k) rows of `items` that a funnel answers with, -1 behind a short page."""
         funnel = self._counting(funnel)
         out = np.full((len(self), max(r.k for r in self.requests)), UNKNOWN, np.int32)
@@ -87,8 +85,6 @@ class Newest:
             queries = funnel.queries(self.requests[start : start + CHUNK])
             for b, page in enumerate(funnel.page(queries, funnel.recommend(queries)), start):
                 out[b, : len(page)] = self.items.rows([item.item_id for item in page])
-            if progress is not None:
-                progress(len(queries))
         return out
 
     def _counting(self, funnel: Funnel) -> Funnel:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from recsys.core import UNKNOWN
 from recsys.data.interactions import Interactions
 from recsys.errors import DataError
 from recsys.features import runs
@@ -261,8 +260,3 @@ class AsOf:
                     events.cache["sum", c] = np.concatenate([[0.0], np.cumsum(column)])
                 out.append(events.cache["sum", c][hi] - events.cache["sum", c][lo])
         return out, last
-
-
-def no_context(n: int) -> np.ndarray:
-    """(n,) codes of a context nobody brought."""
-    return np.full(n, UNKNOWN, np.int64)
