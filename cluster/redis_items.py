@@ -11,6 +11,7 @@ Keys, all in one hash slot; none expires, for nothing could rebuild them:
 from __future__ import annotations
 
 import os
+import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,10 @@ from recsys.features.store import StoreConfig
 T = TypeVar("T")
 ITEMS_A_CALL = 500
 """Changes per Lua call, and records per read."""
-TRIES = 20
+TRIES = 50
 """How often a change is merged again because somebody changed the same item meanwhile."""
+PAUSE_S = 0.002, 0.1
+"""Longest pause after the first and after any later miss: drawn at random, or equally fast writers could miss each other for long."""
 
 CHANGE = """
 -- KEYS: held, order, changes, epoch. ARGV: a name for the log, then of each item its id, what it was merged with, and its record.
@@ -72,31 +75,32 @@ class RedisItemLog:
         position = 0
         for at in range(0, len(changes), ITEMS_A_CALL):
             left = list(changes[at : at + ITEMS_A_CALL])
-            for _ in range(TRIES):
+            for n in range(TRIES):
                 left, position = self._answered(lambda left=left: self._attempt(left))  # type: ignore[misc]
                 if not left:
                     break
+                time.sleep(random.uniform(0, min(PAUSE_S[0] * 2.0**n, PAUSE_S[1])))  # noqa: S311 - no secret
             else:
                 raise StoreError(f"{len(left)} items are changed by somebody else all the time. Send them again.")
         self._answered(self._synced)
         return position
 
     def _attempt(self, changes: Sequence[ItemChange]) -> tuple[list[ItemChange], int]:
-        held: Any = self._redis.hmget(self._keys[0], [c.item_id for c in changes])
+        by_item: dict[str, list[ItemChange]] = {}
+        for change in changes:
+            by_item.setdefault(change.item_id, []).append(change)
+        held: Any = self._redis.hmget(self._keys[0], list(by_item))
         now = int(1000 * time.time())
         arguments: list[Any] = [uuid.uuid4().hex]
-        first: dict[str, int] = {}
-        again: list[ItemChange] = []
-        for change, value in zip(changes, held, strict=True):
-            if change.item_id in first:  # twice in one call: the second is merged with what the first has made
-                again.append(change)
-                continue
-            first[change.item_id] = len(first)
-            record = merged(_record(change.item_id, value) if value else None, change, now)
-            arguments += [change.item_id, value or b"", to_json(record)]
+        for (item_id, told), value in zip(by_item.items(), held, strict=True):
+            record = _record(item_id, value) if value else None
+            for change in told:  # an item told of twice in one call is merged with what it has just become
+                record = merged(record, change, now)
+            assert record is not None  # noqa: S101 - nobody is here without a change
+            arguments += [item_id, value or b"", to_json(record)]
         missed, position = self._script(keys=self._keys, args=arguments)
-        sent = {n: c for c in changes if (n := first.pop(c.item_id, None)) is not None}
-        return [*(sent[int(n)] for n in missed), *again], int(position)
+        items = list(by_item.values())
+        return [change for n in missed for change in items[int(n)]], int(position)
 
     def _synced(self) -> None:
         """Return when the disk has it."""

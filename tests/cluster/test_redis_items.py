@@ -83,6 +83,12 @@ class ItemLogContract:
         with pytest.raises(StoreError, match="Item 'a' cannot be written as JSON"):
             log.change([ItemChange("a", {"x": object()})])
 
+    def test_an_item_told_of_a_hundred_times_in_one_call_has_it_all(self, log: ItemLog) -> None:
+        log.change([ItemChange("a", {f"c{n % 70}": n}) for n in range(100)] + [ItemChange("b", {"x": 1}), ItemChange("b", None)])
+        a, b = log.since(0).records
+        assert a.columns == {f"c{n}": n + 70 if n < 30 else n for n in range(70)}
+        assert b.columns is None
+
     def test_changes_of_many_at_once_are_all_kept(self, log: ItemLog) -> None:
         def work(name: str) -> None:
             for n in range(20):
