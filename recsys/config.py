@@ -94,6 +94,9 @@ class ExamplesConfig(FrozenConfig):
     """Negatives per positive drawn in proportion to how often an item is a positive."""
     max_moments: PositiveInt = 60_000
     """At most so many moments of the window are used, drawn at random."""
+    strangers: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the moments of training at which the user is made a stranger: an unseen id and at most three events. What is
+    never met in training is guessed in service, and new users are met there every day."""
 
 
 def _default_channels() -> dict[str, ChannelConfig]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,33 @@ from recsys.moments import Moments
 from recsys.prepared import Prepared
 
 CHUNK = 512
+FEW = 3
+"""Events that a stranger has at most."""
 
 
 Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Dice:
+    """Which moments of training are a stranger's, so that models meet the users they will know least (Volkovs et al., 2017).
+
+    A stranger has none to `FEW` events of history, an id nobody has seen, and the user table. What he had stays excluded:
+    an item that was taken earlier is no negative.
+    """
+
+    share: float
+    rng: np.random.Generator
+
+    def forget(self, queries: Queries) -> np.ndarray:
+        """Make strangers of some of B queries, in place but for their ids; -> (B,) bool, who they are."""
+        B, L = queries.history.shape
+        new: np.ndarray = self.rng.random((B,)) < self.share
+        kept = self.rng.integers(0, FEW + 1, (B,))
+        forgotten = new[:, None] & (np.arange(L)[None, :] < L - kept[:, None])
+        queries.history = np.where(forgotten, UNKNOWN, queries.history).astype(queries.history.dtype)
+        queries.history_times = np.where(forgotten, np.nan, queries.history_times)
+        return new
 
 
 class _Draw(NamedTuple):
@@ -41,12 +65,15 @@ class _Draw(NamedTuple):
     rng: np.random.Generator
 
 
-def two_tower_examples(prepared: Prepared, moments: Moments, at: np.ndarray, popularity: np.ndarray) -> Columns:
+def two_tower_examples(
+    prepared: Prepared, moments: Moments, at: np.ndarray, popularity: np.ndarray, *, dice: Dice | None = None
+) -> Columns:
     """Positives at log positions `at` (n,): user-side fields just before, item-side fields, item row and log sampling probability.
 
     popularity (I,) counts how often each item is a positive in the training examples: in-batch negatives come at that rate.
+    With `dice` some of the users are strangers (see `Dice`).
     """
-    out, items = _rows(prepared, moments, at), moments.log.item[at]
+    out, items = _rows(prepared, moments, at, dice), moments.log.item[at]
     share = np.maximum(popularity, 1) / max(float(popularity.sum()), 1.0)
     return out | {"user": moments.log.user[at], "item": items, "log_q": np.log(share[items]).astype(np.float32)}
 
@@ -62,31 +89,44 @@ def impression_examples(prepared: Prepared, moments: Moments, at: np.ndarray, la
     return out | {"user": moments.log.user[at], "item": moments.log.item[at], "label": moments.log.labels[label][at].astype(np.float32)}
 
 
-def _rows(prepared: Prepared, moments: Moments, at: np.ndarray) -> Columns:
+def _rows(prepared: Prepared, moments: Moments, at: np.ndarray, dice: Dice | None = None) -> Columns:
     """User, context and item fields of the log's rows at positions `at`: what the two kinds without candidates share."""
-    out = _gathered(prepared.space.encode_queries(q, prepared.user_columns) for q in moments.chunks(at, CHUNK))
+
+    def fields(queries: Queries) -> Columns:
+        new = dice.forget(queries) if dice else None
+        out = prepared.space.encode_queries(queries, prepared.user_columns)
+        return out if new is None else prepared.space.estranged(out, queries, new)
+
+    out = _gathered(fields(q) for q in moments.chunks(at, CHUNK))
     return out | {name: np.asarray(column)[moments.log.item[at]] for name, column in prepared.item_columns.items()}
 
 
-def ranker_examples(funnel: Funnel, moments: Moments, at: np.ndarray, config: ExamplesConfig, *, seed: int) -> Columns:
+def ranker_examples(
+    funnel: Funnel, moments: Moments, at: np.ndarray, config: ExamplesConfig, *, seed: int, dice: Dice | None = None
+) -> Columns:
     """Pairs (moment, candidate) at log positions `at` (n,) with everything the fine stage sees, and a 0/1 `label`.
 
     A positive that recall did not find is left out: the fine stage never meets it. `moment` numbers the group of a row.
+    With `dice` some of the users are strangers (see `Dice`), to every stage alike.
     """
     popularity = np.bincount(moments.log.item[moments.log.positive], minlength=len(funnel.items)).astype(np.float64)
     draw = _Draw(config, popularity, np.random.default_rng(seed))
     parts: list[Columns] = []
     for start in range(0, len(at), CHUNK):
         chunk = at[start : start + CHUNK]
-        queries = moments.queries(chunk)
+        asked = queries = moments.queries(chunk)
+        if dice:
+            new = dice.forget(queries)
+            queries.memo["fields"] = funnel.space.estranged(funnel.user_fields(queries), queries, new)
+            asked = replace(queries, users=np.where(new, UNKNOWN, queries.users).astype(np.int32), memo={})  # nothing was counted of them
         items, says, labels = _pairs(funnel, queries, moments.log, chunk, draw)
         b, n = np.nonzero(items != UNKNOWN)
         fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
         rows = items[b, n]
         fields |= {name: np.asarray(column)[rows] for name, column in funnel.item_columns.items()}
         if funnel.live is not None:
-            fields |= {name: column[b] for name, column in funnel.live.query_fields(queries).items()}
-            fields |= {name: column[b, n] for name, column in funnel.live.pair_fields(queries, items).items()}
+            fields |= {name: column[b] for name, column in funnel.live.query_fields(asked).items()}
+            fields |= {name: column[b, n] for name, column in funnel.live.pair_fields(asked, items).items()}
         parts.append(
             fields
             | {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (start + b).astype(np.int32)}

@@ -25,7 +25,7 @@ import numpy as np
 
 from recsys import blending, channels, examples
 from recsys.config import ChannelConfig, Config
-from recsys.core import Recaller
+from recsys.core import Recaller, id_hash
 from recsys.data.interactions import Interactions
 from recsys.errors import DataError
 from recsys.evidence import EVIDENCE, evidence_field
@@ -168,7 +168,7 @@ class Recipe:
                 task="two_tower",
                 fields=fields,
                 labels=(),
-                train=examples.two_tower_examples(self.prepared, self.moments, train, popularity),
+                train=examples.two_tower_examples(self.prepared, self.moments, train, popularity, dice=self._dice(name)),
                 valid=examples.two_tower_examples(self.prepared, self.moments, valid, popularity),
                 items={f.name: self.prepared.item_columns[f.name] for f in fields if f.side == "item"},
                 granule=training.granule,
@@ -189,8 +189,8 @@ class Recipe:
             funnel = self.funnel(self.cut.base_mask, self.base_tower, None)
             window = _thinned(self.cut.window, self.config.examples.max_moments, self.config.seed)
             train, valid = (
-                examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed + i)
-                for i, at in enumerate((window, self._sample(self.cut.valid)))
+                examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed + i, dice=dice)
+                for i, (at, dice) in enumerate(((window, self._dice("fine_rank")), (self._sample(self.cut.valid), None)))
             )
             if not len(train.get("label", ())):
                 raise DataError(NOTHING_TO_RANK.format(n=len(window)))
@@ -207,6 +207,10 @@ class Recipe:
                 seed=self.config.seed,
             )
         return self._trained(folder, self.config.fine_rank.model, training, "fine_rank")
+
+    def _dice(self, name: str) -> examples.Dice | None:
+        share = self.config.examples.strangers
+        return examples.Dice(share, np.random.default_rng([self.config.seed, id_hash(name) & 0xFFFFFFFF])) if share else None
 
     def _evidence(self, n_channels: int) -> tuple[Field, ...]:
         wanted = self.config.fine_rank.features

@@ -285,6 +285,13 @@ class FeatureSpace:
             rows[b] = self.tables["user_id"].unknown(queries.user_ids[b])
         return rows
 
+    def estranged(self, fields: dict[str, np.ndarray], queries: Queries, new: np.ndarray) -> dict[str, np.ndarray]:
+        """`fields` of B queries with the ids of those in `new` (B,) encoded as ids that nobody has seen."""
+        ids = fields["user_id"].copy()
+        for b in np.flatnonzero(new):
+            ids[b] = self.tables["user_id"].unknown(queries.user_ids[b])
+        return fields | {"user_id": ids}
+
     def save(self, folder: Path) -> None:
         """Write `features.json`, the vocabularies (Arrow) and the id rows (.npy) into an existing or new folder."""
         folder.mkdir(parents=True, exist_ok=True)
