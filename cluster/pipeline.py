@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster import report_table
@@ -143,7 +143,7 @@ def recipe(
     key = state_key(data_key, document)
     storage = f"{config.root}/runs/{key}" if "://" in config.root else str(state(config, "runs", key))
     train = trainer(console, storage, in_process=in_process(prepared))
-    return Recipe(config, prepared, state(config, "examples", key), train, partial(_say, console)), key
+    return Recipe(config, prepared, state(config, "examples", key), train, partial(_say, console), partial(counting_bar, console)), key
 
 
 def trainer(console: Console, storage: str, *, in_process: bool) -> Trainer:
@@ -192,6 +192,15 @@ def training_bar(console: Console, name: str) -> Iterator[Callable[[StepReport],
             bars.update(bar, total=report.epochs, completed=min(done, report.epochs), told=told)
 
         yield tell
+
+
+@contextmanager
+def counting_bar(console: Console, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A live bar for a step of many like parts; gives what takes how many more are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task(name, total=total)
+        yield partial(bars.advance, bar)
 
 
 def tell_trained(console: Console, name: str, best_epoch: int, epochs: int, metrics: dict[str, float]) -> None:

@@ -9,7 +9,7 @@ new ones, and the ranker would learn to believe it.) `impression_examples` are a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,12 @@ FEW = 3
 
 
 Columns = dict[str, np.ndarray]
+Counted = Callable[[int], None]
+"""Told how many more are done."""
+
+
+def uncounted(_: int) -> None:
+    """Progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,20 @@ class _Draw(NamedTuple):
 
 
 def two_tower_examples(
-    prepared: Prepared, moments: Moments, at: np.ndarray, popularity: np.ndarray, *, dice: Dice | None = None
+    prepared: Prepared,
+    moments: Moments,
+    at: np.ndarray,
+    popularity: np.ndarray,
+    *,
+    dice: Dice | None = None,
+    progress: Counted = uncounted,
 ) -> Columns:
     """Positives at log positions `at` (n,): user-side fields just before, item-side fields, item row and log sampling probability.
 
     popularity (I,) counts how often each item is a positive in the training examples: in-batch negatives come at that rate.
-    With `dice` some of the users are strangers (see `Dice`).
+    With `dice` some of the users are strangers (see `Dice`). `progress` is told of every lot of positions that is done.
     """
-    out, items = _rows(prepared, moments, at, dice), moments.log.item[at]
+    out, items = _rows(prepared, moments, at, dice, progress), moments.log.item[at]
     share = np.maximum(popularity, 1) / max(float(popularity.sum()), 1.0)
     return out | {"user": moments.log.user[at], "item": items, "log_q": np.log(share[items]).astype(np.float32)}
 
@@ -89,12 +101,13 @@ def impression_examples(prepared: Prepared, moments: Moments, at: np.ndarray, la
     return out | {"user": moments.log.user[at], "item": moments.log.item[at], "label": moments.log.labels[label][at].astype(np.float32)}
 
 
-def _rows(prepared: Prepared, moments: Moments, at: np.ndarray, dice: Dice | None = None) -> Columns:
+def _rows(prepared: Prepared, moments: Moments, at: np.ndarray, dice: Dice | None = None, progress: Counted = uncounted) -> Columns:
     """User, context and item fields of the log's rows at positions `at`: what the two kinds without candidates share."""
 
     def fields(queries: Queries) -> Columns:
         new = dice.forget(queries) if dice else None
         out = prepared.space.encode_queries(queries, prepared.user_columns)
+        progress(len(queries))
         return out if new is None else prepared.space.estranged(out, queries, new)
 
     out = _gathered(fields(q) for q in moments.chunks(at, CHUNK))
@@ -102,12 +115,19 @@ def _rows(prepared: Prepared, moments: Moments, at: np.ndarray, dice: Dice | Non
 
 
 def ranker_examples(
-    funnel: Funnel, moments: Moments, at: np.ndarray, config: ExamplesConfig, *, seed: int, dice: Dice | None = None
+    funnel: Funnel,
+    moments: Moments,
+    at: np.ndarray,
+    config: ExamplesConfig,
+    *,
+    seed: int,
+    dice: Dice | None = None,
+    progress: Counted = uncounted,
 ) -> Columns:
     """Pairs (moment, candidate) at log positions `at` (n,) with everything the fine stage sees, and a 0/1 `label`.
 
     A positive that recall did not find is left out: the fine stage never meets it. `moment` numbers the group of a row.
-    With `dice` some of the users are strangers (see `Dice`), to every stage alike.
+    With `dice` some of the users are strangers (see `Dice`), to every stage alike. `progress` is told of every lot that is done.
     """
     popularity = np.bincount(moments.log.item[moments.log.positive], minlength=len(funnel.items)).astype(np.float64)
     draw = _Draw(config, popularity, np.random.default_rng(seed))
@@ -131,6 +151,7 @@ def ranker_examples(
             fields
             | {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (start + b).astype(np.int32)}
         )
+        progress(len(chunk))
     return _gathered(parts)
 
 

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,6 +110,15 @@ def _last_of_each_user(log_: Interactions, mask: np.ndarray, n: int) -> np.ndarr
     return out
 
 
+Bar = Callable[[str, int | None], AbstractContextManager[examples.Counted]]
+"""Shows a step by its name and how many there are to do (None: nobody knows); gives what is told of those done."""
+
+
+def unseen(name: str, total: int | None) -> AbstractContextManager[examples.Counted]:  # noqa: ARG001 - the shape of a bar
+    """A bar that nobody looks at."""
+    return nullcontext(examples.uncounted)
+
+
 @dataclass
 class Recipe:
     """The steps, each computed when first asked for. `folder` is where examples and trained models are kept."""
@@ -119,6 +128,7 @@ class Recipe:
     folder: Path
     train: Trainer
     say: Callable[[str], None] = log.info
+    bar: Bar = unseen
 
     @cached_property
     def cut(self) -> Cut:
@@ -163,13 +173,16 @@ class Recipe:
             popularity = np.bincount(self.prepared.log.item[train], minlength=self.prepared.log.n_items).astype(np.float64)
             fields = self._fields(self.config.two_tower.features)
             self.say(f"{name}: {len(train):,} positives")
+            with self.bar(f"examples of {name}", len(train) + len(valid)) as tell:
+                about = partial(examples.two_tower_examples, self.prepared, self.moments, popularity=popularity, progress=tell)
+                learnt, judged = about(train, dice=self._dice(name)), about(valid)
             examples.write(
                 folder,
                 task="two_tower",
                 fields=fields,
                 labels=(),
-                train=examples.two_tower_examples(self.prepared, self.moments, train, popularity, dice=self._dice(name)),
-                valid=examples.two_tower_examples(self.prepared, self.moments, valid, popularity),
+                train=learnt,
+                valid=judged,
                 items={f.name: self.prepared.item_columns[f.name] for f in fields if f.side == "item"},
                 granule=training.granule,
                 seed=self.config.seed,
@@ -188,10 +201,14 @@ class Recipe:
         if not examples.are_written(folder):
             funnel = self.funnel(self.cut.base_mask, self.base_tower, None)
             window = _thinned(self.cut.window, self.config.examples.max_moments, self.config.seed)
-            train, valid = (
-                examples.ranker_examples(funnel, self.moments, at, self.config.examples, seed=self.config.seed + i, dice=dice)
-                for i, (at, dice) in enumerate(((window, self._dice("fine_rank")), (self._sample(self.cut.valid), None)))
-            )
+            held = self._sample(self.cut.valid)
+            with self.bar("examples of fine_rank", len(window) + len(held)) as tell:
+                train, valid = (
+                    examples.ranker_examples(
+                        funnel, self.moments, at, self.config.examples, seed=self.config.seed + i, dice=dice, progress=tell
+                    )
+                    for i, (at, dice) in enumerate(((window, self._dice("fine_rank")), (held, None)))
+                )
             if not len(train.get("label", ())):
                 raise DataError(NOTHING_TO_RANK.format(n=len(window)))
             self.say(f"fine_rank: {len(train['label']):,} pairs of {len(window):,} moments")
@@ -234,15 +251,17 @@ class Recipe:
         cut = self.cut
         by_tower = any(isinstance(channel, VectorConfig) for channel in self.config.recall.channels.values())
         tower = self.base_tower if by_tower else None  # a merge of other channels trains no network
-        found = blending.blend(
-            lambda: self.funnel(cut.base_mask, tower, None, merge=given),
-            lambda most: blending.questions(
-                self.prepared, self.moments, cut.base_mask, np.concatenate([cut.window, cut.valid]), most=most, seed=self.config.seed
-            ),
-            given,
-            self.folder,
-            seed=self.config.seed,
-        )
+        with self.bar("settings of the merge", None) as tell:
+            found = blending.blend(
+                lambda: self.funnel(cut.base_mask, tower, None, merge=given),
+                lambda most: blending.questions(
+                    self.prepared, self.moments, cut.base_mask, np.concatenate([cut.window, cut.valid]), most=most, seed=self.config.seed
+                ),
+                given,
+                self.folder,
+                seed=self.config.seed,
+                progress=tell,
+            )
         for sentence in blending.told(found):
             self.say(sentence)
         return found.config(given)

@@ -1,5 +1,7 @@
 """From a prepared log to a funnel: which rows each part may learn from, and what the ranker's examples hold."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -110,6 +112,22 @@ def test_a_ranker_meets_strangers_as_every_stage_before_it_does(steps):
     for moment, item, said in zip(columns["moment"], columns["item"], columns[EVIDENCE], strict=True):
         np.testing.assert_allclose(said, says[moment, np.flatnonzero(candidates.items[moment] == item)[0]], atol=1e-6)
     assert not np.isin(columns["user_id"], np.unique(steps.prepared.user_columns["user_id"])).any()
+
+
+def test_making_examples_counts_up_to_what_it_announced(tmp_path):
+    write_data(tmp_path)
+    steps, seen = recipe_of(config_of(tmp_path)), {}
+
+    @contextmanager
+    def bar(name, total):
+        done = []
+        yield done.append
+        seen[name] = (total, sum(done))
+
+    steps.bar = bar
+    assert steps.ranker.exists()
+    # 60 users: 6 events each in base, 2 in the window, 1 in valid.
+    assert seen == {"examples of two_tower": (480, 480), "examples of fine_rank": (180, 180)}
 
 
 def test_examples_on_disk_are_shuffled_granules_with_their_schema(steps):
