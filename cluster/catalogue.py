@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +13,9 @@ import pandas as pd
 import typer
 from rich.console import Console
 
-from cluster.embedded import EmbeddedValkey
 from cluster.redis_items import RedisItemLog
 from cluster.redis_store import RedisStore
+from cluster.store_url import store_url
 from recsys.config import Config
 from recsys.core import canonical_id
 from recsys.data.columns import ColumnConfig
@@ -137,18 +136,8 @@ def _cell(column: ColumnConfig, value: Any) -> Any:
 # ---- the store --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _url(config: Config) -> Iterator[str]:
-    """The store's address; an embedded one that no service runs is started for as long as it takes."""
-    if config.redis_url is not None:
-        yield config.redis_url
-        return
-    with EmbeddedValkey(config.place("store")) as server:
-        yield server.url
-
-
 def _change(config: Config, changes: list[ItemChange]) -> None:
-    with _url(config) as url:
+    with store_url(config) as url:
         log = RedisItemLog(url, config.store)
         try:
             log.change(changes)
@@ -164,5 +153,5 @@ def _profiles(config: Config, changes: Mapping[str, Mapping[str, Any] | None]) -
         finally:
             await store.close()
 
-    with _url(config) as url:
+    with store_url(config) as url:
         asyncio.run(whole(url))

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json as json_module
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cluster.store_url import store_url
+
 if TYPE_CHECKING:
     from cluster.ingest_status import PartitionStatus
     from recsys.config import Config
-
-
-@contextlib.contextmanager
-def store_url(config: Config) -> Iterator[str]:
-    """The store's address: redis_url, else the embedded server, which is started where nobody runs it."""
-    if config.redis_url is not None:
-        yield config.redis_url
-        return
-    from cluster.embedded import EmbeddedValkey
-
-    with EmbeddedValkey(config.place("store"), max_memory_mb=config.store.memory_mb) as server:
-        server.supervise()
-        yield server.url
 
 
 def run(config: Config, actors: int, out: Console) -> None:
