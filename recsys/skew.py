@@ -236,7 +236,8 @@ def _compare(row: dict[str, Any], funnel: Funnel, road: _Road, report: Report) -
             if wrong.any():
                 skew.mismatches += int(wrong.sum())
                 if float(apart.max()) > skew.largest:
-                    skew.largest, skew.example = float(apart.max()), f"{row['request_id']} ({was[wrong][0]:g}, now {now[wrong][0]:g})"
+                    told = f"{was[wrong][0]:g}, now {now[wrong][0]:g}" if was.shape == now.shape else f"{len(was)} values, now {len(now)}"
+                    skew.largest, skew.example = float(apart.max()), f"{row['request_id']} ({told})"
 
 
 def _of_items(inputs: AggregateInputs, name: str) -> bool:

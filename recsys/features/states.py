@@ -52,7 +52,7 @@ class Looked:
         out: Raw = {}
         for f, amounts, last in zip(group.features, self.amounts, self.last, strict=True):
             if isinstance(f.monoid, Ends):
-                out[f.name] = np.where(known[:, None], amounts[slot] if len(amounts) else math.nan, math.nan)
+                out[f.name] = np.where(known[:, None], amounts[slot] if len(amounts) else math.nan, np.full((n, f.monoid.n), math.nan))
                 continue
             nothing = f.nothing if isinstance(f.monoid, Tally) else (0.0,)
             held = [np.where(known, amounts[slot, c] if len(amounts) else x, x) for c, x in enumerate(nothing)]
