@@ -27,7 +27,7 @@ from recsys.funnel import Funnel
 
 log = logging.getLogger(__name__)
 BEHIND = 3
-"""Snapshots that a partition may stay behind the others before theirs are taken without it."""
+"""For so many times the interval of snapshots partitions may differ; then the others' are taken without those that stay behind."""
 _FAULTS = (faults.RedisError, OSError, TimeoutError, StoreError)
 
 
@@ -40,7 +40,7 @@ class CountersFollower:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._applied: dict[str, tuple[int, ItemSnapshot]] = {}
-        self._round, self._at = 0, 0.0
+        self._round, self._at, self._apart = 0, 0.0, 0.0
         self._seldom = Seldom()
 
     def start(self) -> None:
@@ -78,8 +78,14 @@ class CountersFollower:
     def apply(self, reader: SnapshotReader) -> None:
         """Give every loaded version the newest parts, where it does not have them yet."""
         at = sorted(part.at for part in reader.parts.values())
-        if not at or (at[0] < at[-1] < self._at + BEHIND * self._config.ingest.snapshot_every_s):
+        if not at:
             return
+        if at[0] == at[-1]:
+            self._apart = 0.0
+        else:
+            self._apart = self._apart or time.monotonic()
+            if time.monotonic() - self._apart < BEHIND * self._config.ingest.snapshot_every_s:
+                return
         funnels = self._funnels()
         for funnel in funnels:
             source = funnel.live.source if funnel.live is not None else None

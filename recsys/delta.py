@@ -100,6 +100,22 @@ class Grown:
         return out.reshape(*asked.shape, *self._later.shape[1:])
 
 
+class Gathered:
+    """The rows of an array that a batch will ask for, gathered at once: asking row by row costs more than the rows do."""
+
+    def __init__(self, vectors: RowVectors, rows: np.ndarray) -> None:
+        self.shape = vectors.shape
+        self._rows = np.unique(rows[(rows >= 0) & (rows < len(vectors))])
+        self._vectors = vectors[self._rows]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._vectors[np.searchsorted(self._rows, rows)]
+        return found
+
+
 class Segment(NamedTuple):
     """The values of some slots: [start, start + catalogue.n)."""
 
@@ -295,9 +311,24 @@ class Delta:
         """The channel's answer over the bundle's items and the slots: what an index over all of them would give."""
         if name not in self.near or not isinstance(channel, Comparing):
             return channel.recall(queries, k)
-        vectors = channel.user_vectors(queries, Grown(channel.item_vectors, self.near[name][0], self.at, self.n))
+        own = Grown(channel.item_vectors, self.near[name][0], self.at, self.n)
+        vectors = channel.user_vectors(queries, Gathered(own, queries.history))
         narrowed = replace(queries, allowed=self._unmoved(queries))
-        return _joined(channel.nearest(vectors, narrowed, k), self._nearest(name, vectors, queries.exclude, beside, k), k)
+        return _joined(channel.nearest(vectors, narrowed, k), self._nearest(name, vectors, self._excluded(queries), beside, k), k)
+
+    def _excluded(self, queries: Queries) -> np.ndarray:
+        """(B, E') slots that must not come back, once a batch: of a long history few lie in slots."""
+        if "slots" not in queries.memo:
+            out = self._slots_of(queries.exclude)
+            queries.memo["slots"] = -np.sort(-out, axis=1)[:, : int((out >= 0).sum(1).max(initial=0))]
+        slots: np.ndarray = queries.memo["slots"]
+        return slots
+
+    def _slots_of(self, rows: np.ndarray) -> np.ndarray:
+        """Item rows of any shape -> their slots, -1 for those of the bundle and for what is gone."""
+        lies = np.where(self.absent(rows) | (rows < 0), UNKNOWN, self.storage(rows) - self.n)
+        slots: np.ndarray = np.maximum(lies, UNKNOWN)
+        return slots
 
     def _unmoved(self, queries: Queries) -> Allowed | None:
         """The allowed items of the bundle without those whose values lie in a slot."""
@@ -311,15 +342,15 @@ class Delta:
         masks, of = queries.allowed.masks, queries.allowed.of
         return Allowed((*(Mask(m.items & stay) for m in masks), Mask(stay)), np.where(of < 0, len(masks), of).astype(np.int32))
 
-    def _nearest(self, name: str, vectors: np.ndarray, exclude: np.ndarray, beside: Allowed, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _nearest(self, name: str, vectors: np.ndarray, out: np.ndarray, beside: Allowed, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the slots, without those of `out` (B, E)."""
         near, has = self.near[name]
         B, k = len(vectors), min(k, len(near))
         items, scores = np.full((B, k), UNKNOWN, np.int32), np.full((B, k), -np.inf, np.float32)
         known = np.isfinite(vectors).all(1)
         if known.any() and k:
             allowed = Allowed(tuple(Mask(m.items & has) for m in beside.masks), beside.of)[known]
-            out = np.where(self.absent(exclude) | (exclude < 0), UNKNOWN, self.storage(exclude) - self.n)[known]
-            slot, scores[known] = exact_search(near, vectors[known], k, np.maximum(out, UNKNOWN), allowed)
+            slot, scores[known] = exact_search(near, vectors[known], k, out[known], allowed)
             items[known] = np.where(slot >= 0, self.slots[np.maximum(slot, 0)], UNKNOWN)
         return items, scores
 
@@ -332,7 +363,9 @@ class Delta:
             allowed, beside = self.allowed(one, parts)
             one = replace(one, allowed=allowed)
             one = replace(one, allowed=self._unmoved(one))
-            items, scores = _joined(channel.nearest(unit(own), one, k), self._nearest(name, unit(own), one.exclude, beside, k), k)
+            items, scores = _joined(
+                channel.nearest(unit(own), one, k), self._nearest(name, unit(own), self._slots_of(one.exclude), beside, k), k
+            )
             return items[0], scores[0]
         if not hasattr(channel, "similar") or row >= self.n:
             return none.users, np.empty(0, np.float32)

@@ -11,6 +11,8 @@ import numpy as np
 from scipy import sparse
 
 LOW = np.uint64(0xFFFF_FFFF)
+GROUP = 8
+"""Columns of which only the largest score is looked at first."""
 EMPTY = np.uint64(2**64 - 1)
 """A key that sorts after every other; its low half is -1."""
 
@@ -37,6 +39,8 @@ def scores_of(keys: np.ndarray) -> np.ndarray:
 
 def best_first(scores: np.ndarray, keep: int) -> np.ndarray:
     """(B, N) float32 scores without NaN -> (B, min(keep, N)) int64 columns, highest score first, ties to the smaller column."""
+    if 0 < keep < scores.shape[1] // (4 * GROUP):
+        return _among_the_best(scores, keep)
     keys = descending(scores)
     keys |= np.arange(scores.shape[1], dtype=np.uint64)
     if keep < scores.shape[1] // 4:
@@ -44,6 +48,26 @@ def best_first(scores: np.ndarray, keep: int) -> np.ndarray:
     keys.sort(axis=1)
     columns: np.ndarray = (keys[:, :keep] & LOW).astype(np.int64)
     return columns
+
+
+def _among_the_best(scores: np.ndarray, keep: int) -> np.ndarray:
+    """`best_first` of rows much longer than `keep`: only what can be among the best is sorted.
+
+    Of the largest scores of N / GROUP groups, the keep-th is reached by `keep` columns at least, so nothing below it is asked for.
+    """
+    B, N = scores.shape
+    m = N // GROUP
+    largest = scores[:, : m * GROUP].reshape(B, GROUP, m).max(1)  # (B, m)
+    floor = np.partition(largest, m - keep, axis=1)[:, m - keep, None]
+    row, column = np.divmod(np.flatnonzero(scores >= floor), N)
+    keys = descending(scores[row, column]) | column.astype(np.uint64)
+    ends = np.cumsum(np.bincount(row, minlength=B))
+    out = np.empty((B, keep), np.int64)
+    for b, (low, high) in enumerate(pairwise([0, *ends.tolist()])):
+        mine = keys[low:high]
+        mine.sort()
+        out[b] = (mine[:keep] & LOW).astype(np.int64)
+    return out
 
 
 def best_of_rows(product: sparse.csr_matrix, k: int) -> np.ndarray:

@@ -1,0 +1,52 @@
+"""Item-side counters of several partitions: rankers get them together, as of one instant, and not never where one stays behind."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from deployments import live_counters
+from deployments.live_counters import BEHIND, CountersFollower
+from recsys.features.snapshot import Part
+from recsys.ingest_config import IngestConfig
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(live_counters.time, "monotonic", lambda: found.now)
+    return found
+
+
+def follower(asked: list[int]) -> CountersFollower:
+    def funnels():
+        asked.append(1)
+        return []
+
+    return CountersFollower(SimpleNamespace(ingest=IngestConfig()), "redis://nowhere", funnels)
+
+
+def reader(*at: float):
+    return SimpleNamespace(parts={p: Part(t, (), {}) for p, t in enumerate(at)})
+
+
+def test_partitions_of_different_instants_wait_for_each_other(clock):
+    asked: list[int] = []
+    made = follower(asked)
+    made.apply(reader())
+    made.apply(reader(10.0, 5.0))
+    assert asked == [], "one shows 10, the other 5"
+    made.apply(reader(10.0, 10.0))
+    assert len(asked) == 1
+
+
+def test_a_partition_that_stays_behind_is_waited_for_a_while_and_no_longer(clock):
+    asked: list[int] = []
+    made = follower(asked)
+    made.apply(reader(10.0, 5.0))
+    clock.now += BEHIND * IngestConfig().snapshot_every_s + 0.1
+    made.apply(reader(25.0, 5.0))
+    made.apply(reader(30.0, 5.0))
+    assert len(asked) == 2
+    made.apply(reader(35.0, 35.0))
+    made.apply(reader(40.0, 35.0))
+    assert len(asked) == 3, "from the next time on they wait for each other again"
