@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 
+from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog
 from cluster.owned import Holding, Owned
 from cluster.partition import ItemStep
-from recsys.features.counting import home
+from recsys.features.counting import Counting, home
+from recsys.features.covered import packed_since, unpacked_since
 from recsys.features.snapshot import packed_snapshot
-from recsys.features.stream import Key
+from recsys.features.stream import Key, States
 
 Name = tuple[int, Key]
 
@@ -24,8 +27,8 @@ Name = tuple[int, Key]
 class ItemHop:
     """Counts the item-side keys of the partitions that are held."""
 
-    def __init__(self, held: Holding, log: EventLog) -> None:
-        self._held, self._log = held, log
+    def __init__(self, held: Holding, log: EventLog, past: CatchUp) -> None:
+        self._held, self._log, self._past = held, log, past
         self._publishing_s = 0.0
 
     async def step(self) -> dict[int, Exception | int]:
@@ -60,7 +63,10 @@ class ItemHop:
                     continue
                 for number, key, event in touched:
                     p = home(key, held.partitions)
-                    if p in mine and taken.n >= before[p][s][1]:
+                    if p not in mine or taken.n < before[p][s][1]:
+                        continue
+                    began = mine[p].since.get(counting.item_records.marks[number])
+                    if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
                         counting.add_item(states[p], number, key, event)
                         changed[p].add((number, key))
             end = starts[s][1] + len(entries)
@@ -69,10 +75,11 @@ class ItemHop:
                     sources[p][s] = (owned.sources.get(s, ""), f"{entries[-1].position} {end}")
         steps = []
         for p, owned in mine.items():
-            if sources[p] or owned.rewrite:
+            if sources[p] or owned.rewrite or not owned.since_told:
                 names = list(states[p]) if owned.rewrite else changed[p]
                 change = counting.item_change(states[p], names, held.config.ingest.item_keys)
-                steps.append(ItemStep(p, owned.claim.epoch, sources[p], change.fields, change.gone))
+                since = "" if owned.since_told else packed_since(owned.since)
+                steps.append(ItemStep(p, owned.claim.epoch, sources[p], change.fields, [*change.gone, *owned.stale], since))
         out: dict[int, Exception | int] = {}
         for step, answer in zip(steps, await held.store.count(steps) if steps else [], strict=True):
             out[step.partition] = answer
@@ -81,16 +88,31 @@ class ItemHop:
                 owned.items = None  # what we hold may be ahead of the store
                 continue
             owned.sources |= {s: after for s, (_, after) in step.sources.items()}
-            owned.rewrite = answer < len(states[step.partition])
+            owned.rewrite, owned.since_told = answer < len(states[step.partition]), True
+            owned.stale = []
         return out
 
     async def _read(self, partition: int, owned: Owned) -> None:
-        sources, values = await self._held.store.counted(partition)
-        counting = self._held.counting
-        states, whole = await asyncio.to_thread(counting.item_states, partition, self._held.partitions, values)
-        firsts = await self._log.firsts(self._held.partitions)
-        if self._held.counting is counting:
-            owned.sources, owned.firsts, owned.items, owned.rewrite = sources, firsts, states, not whole
+        held, counting = self._held, self._held.counting
+        sources, values, told = await held.store.counted(partition)
+        firsts = await self._log.firsts(held.partitions)
+        # A store that was short of memory may have forgotten the counters and not what they began with.
+        since = unpacked_since(told) if values else {}
+        marks, last = counting.item_records.marks, len(counting.items.plan.groups) - 1
+        lacking = {number for number, mark in enumerate(marks) if mark not in since}
+        states = await asyncio.to_thread(self._states, counting, partition, values, lacking)
+        read = {s: placed(sources.get(s, f" {firsts[s]}"))[1] for s in range(held.partitions)}
+        await self._past.items(counting, partition, states, lacking - {last}, read)
+        if held.counting is counting:
+            owned.sources, owned.firsts, owned.items = sources, firsts, states
+            owned.since = {mark: since.get(mark) or counting.item_covered(number) for number, mark in enumerate(marks)}
+            owned.stale = counting.item_records.stale(values)
+            owned.rewrite, owned.since_told = bool(lacking), not lacking and len(since) == len(marks)
+
+    def _states(self, counting: Counting, partition: int, values: Sequence[bytes], lacking: set[int]) -> States:
+        """What the store holds, and for groups that it does not hold what the version knows."""
+        states = {k: s for k, s in counting.item_states(values).items() if k[0] not in lacking}
+        return states | counting.item_seeds(partition, self._held.partitions, lacking)
 
     async def publish(self) -> int:
         """Publish the partitions whose snapshot is due; gives how many.

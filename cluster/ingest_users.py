@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog
-from cluster.owned import Batch, Holding, Owned, Taken, uncounted
+from cluster.owned import Batch, Holding, Known, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
 from recsys.features.counting import Counting
 from recsys.features.records import counted_field
-from recsys.features.stream import Key, States
+from recsys.features.stream import Key
 
 Name = tuple[int, Key]
 
@@ -17,13 +18,17 @@ Name = tuple[int, Key]
 class UserHop:
     """Counts users of the partitions that are held."""
 
-    def __init__(self, held: Holding, log: EventLog) -> None:
-        self._held, self._log = held, log
+    def __init__(self, held: Holding, log: EventLog, past: CatchUp) -> None:
+        self._held, self._log, self._past = held, log, past
 
     async def step(self, *, wait_ms: int = 0) -> dict[int, Exception | int]:
         """One step of every partition that has news: how many entries it took, or why it was not applied."""
         held, counting = self._held, self._held.counting
-        claims = {p: owned.claim for p, owned in held.owned.items()}
+        for p, behind in list(held.owned.items()):
+            if not behind.caught_up:
+                await self._past.users(p, behind)
+                behind.caught_up = held.counting is counting
+        claims = {p: owned.claim for p, owned in held.owned.items() if owned.caught_up}
         pages = await self._log.read({p: c.at for p, c in claims.items()}, held.config.ingest.batch, wait_ms=wait_ms)
         batches = {p: await held.batch(p, claims[p].n, entries) for p, entries in pages.items() if entries and self._same(p, claims[p])}
         by_user: dict[tuple[int, str], list[Taken]] = {}
@@ -38,7 +43,7 @@ class UserHop:
         users: dict[int, list[UserChange]] = {p: [] for p in batches}
         buried = 0
         for (p, user_id), mine in by_user.items():
-            change = self._change(counting, user_id, states[p, user_id], mine, batches[p])
+            change = self._change(counting, (p, user_id), states[p, user_id], mine, batches[p])
             if change.fields or change.gone:
                 users[p].append(change)
         steps = []
@@ -62,48 +67,58 @@ class UserHop:
     def _same(self, partition: int, claim: object) -> bool:
         return partition in self._held.owned and self._held.owned[partition].claim is claim
 
-    async def _states(self, counting: Counting, users: Sequence[tuple[int, str]]) -> dict[tuple[int, str], tuple[States, bool]]:
-        """Users' states, from memory or the store, and whether the store holds them whole."""
+    async def _states(self, counting: Counting, users: Sequence[tuple[int, str]]) -> dict[tuple[int, str], Known]:
+        """What is known of users, from memory or the store."""
         held = self._held
         if not counting.users.plan.groups:
-            return {user: ({}, True) for user in users}
-        found: dict[tuple[int, str], tuple[States, bool]] = {}
+            return {user: Known({}, seeded=True) for user in users}
+        found: dict[tuple[int, str], Known] = {}
         for p, user_id in users:
             cache = held.owned[p].users
             if user_id in cache:
                 cache.move_to_end(user_id)
-                found[p, user_id] = cache[user_id], True
+                found[p, user_id] = cache[user_id]
         absent = [user for user in users if user not in found]
         for (p, user_id), values in zip(absent, await held.store.counters(absent) if absent else [], strict=True):
-            found[p, user_id] = counting.user_states(user_id, values)
+            states = counting.user_states(values)
+            found[p, user_id] = Known(states, not counting.lacking(states), counting.user_records.stale(values))
             if p in held.owned:
-                held.owned[p].users[user_id] = found[p, user_id][0]
+                held.owned[p].users[user_id] = found[p, user_id]
         return found
 
-    def _change(self, counting: Counting, user_id: str, known: tuple[States, bool], mine: Sequence[Taken], batch: Batch) -> UserChange:
-        """Count a user's events, and what is to be written of it. known: the states, and whether the store holds them whole."""
-        states, whole = known
+    def _change(self, counting: Counting, who: tuple[int, str], known: Known, mine: Sequence[Taken], batch: Batch) -> UserChange:
+        """Count a user's events, and what is to be written of it."""
+        (partition, user_id), states, before = who, known.states, bool(known.states)
         changed: set[Name] = set()
         gone: set[Name] = set()
-        before = bool(states)
         for taken in mine:
+            if not known.seeded and not counting.covered.holds(partition, taken.n, taken.entry.told_ms):
+                seeds = counting.seeds(user_id, counting.lacking(states))
+                states.update(seeds)
+                changed |= seeds.keys()
+                known.seeded = True
             try:
-                now, left = counting.add_user(states, counting.users.touched(taken.row))
+                touched = counting.users.touched(taken.row)
+                if not known.seeded:  # the event is among what the seeds of these groups know
+                    lacking = counting.lacking(states)
+                    touched = [t for t in touched if t[0] not in lacking]
+                now, left = counting.add_user(states, touched)
             except Exception as fault:  # noqa: BLE001  one event must not stop its partition
                 batch.bury(taken.entry, uncounted(fault))
                 continue
             changed, gone = (changed | now) - left, (gone | left) - now
-        change = counting.user_change(states, changed if whole else list(states), gone)
+        change = counting.user_change(states, changed, gone)
         fields = change.fields | counted_field(mine[-1].n + 1) if change.fields else change.fields
-        return UserChange(user_id, whole and before, fields, change.gone)
+        stale, known.stale = known.stale, []
+        return UserChange(user_id, before, fields, [*change.gone, *stale])
 
     async def _restore(self, counting: Counting, owned: Owned, step: Step, users: Sequence[str]) -> None:
         """The store had forgotten these users (it was short of memory, or they were away for long) while we knew them: tell it all."""
         to = counted_field(owned.claim.n)
         told = [
-            UserChange(u, False, counting.user_change(owned.users[u], list(owned.users[u]), ()).fields | to)
+            UserChange(u, False, counting.user_change(known.states, list(known.states), ()).fields | to)
             for u in users
-            if u in owned.users
+            if (known := owned.users.get(u)) is not None
         ]
         again = Step(step.partition, owned.claim, owned.claim.at, owned.claim.n, 0, told)
         (answer,) = await self._held.store.apply([again])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.registry import open_registry
+from cluster.taken import covered
 from recsys.config import Config
 from recsys.core import Vocabulary
 from recsys.errors import RayfunnelError
@@ -54,7 +55,8 @@ def _counting(config: Config, version: str, home: Path) -> Counting:
         config.data,
         config.history,
         trending_half_life_h=half_life_h,
-        seed_user=lambda user_id: source.read_user(user_id) or {},
+        seed_user=source.read_user,
+        covered=covered(home),
     )
 
 

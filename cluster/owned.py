@@ -14,6 +14,7 @@ from cluster.live_records import checked
 from cluster.partition import Claim, DeadLetter, PartitionStore
 from recsys.config import Config
 from recsys.features.counting import Counting
+from recsys.features.covered import Since
 from recsys.features.groups import Row
 from recsys.features.store import NewEvent
 from recsys.features.stream import States
@@ -22,15 +23,33 @@ SKEW_S = 3_600.0
 """Clocks of gateways and of the log may differ by this much more than serve.limits.future_s before a record is a dead letter."""
 
 
+@dataclass(slots=True)
+class Known:
+    """A user's states. seeded: what the version's states know of the user is among them; until then an event that they hold is not counted."""
+
+    states: States
+    seeded: bool = False
+    stale: list[bytes] = field(default_factory=list)
+    """Fields in the store of declarations that are no longer in force: they go with the next change, or they would be behind one day."""
+
+
 @dataclass
 class Owned:
     """A partition that is ours, and what we know of it without asking."""
 
     claim: Claim
     archive: Archive
-    users: OrderedDict[str, States] = field(default_factory=OrderedDict)
+    users: OrderedDict[str, Known] = field(default_factory=OrderedDict)
+    caught_up: bool = False
+    """Whether users' counters are up to date in every declaration in force."""
     items: States | None = None
     """Item-side states; None until they are read from the store."""
+    since: Since = field(default_factory=dict)
+    """What the item-side states of each group began with."""
+    since_told: bool = True
+    """Whether the store has it."""
+    stale: list[bytes] = field(default_factory=list)
+    """Item-side fields in the store of declarations that are no longer in force."""
     sources: dict[int, str] = field(default_factory=dict)
     firsts: list[int] = field(default_factory=list)
     """Per source the number of its oldest entry, for sources of which nothing is counted."""

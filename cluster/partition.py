@@ -2,7 +2,8 @@
 
 Keys of partition p, one hash slot (beside those of `cluster.redis_store`):
     rf:{p}:owned          hash: owner, until (server's ms), epoch; at, n (the log's entries applied to users); rows, dead (counts);
-                          snapshot (its number)
+                          snapshot (its number); since (JSON: what the item-side states of each declaration began with);
+                          counts (marks of the declarations that users' counters are up to date in)
     rf:{p}:from           hash: source partition -> "position n": how far that partition's log is counted in our item side
     rf:{p}:items          hash: item-side counters, a field per key; TTL
     rf:{p}:s:<user>       hash: a user's counters, a field per key; TTL
@@ -18,8 +19,8 @@ memory (`allow-oom`, Redis 7 or Valkey): only they can make room, by bringing th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from redis import exceptions as faults
 from redis.asyncio import Redis
@@ -81,7 +82,7 @@ return lost
 """
 COUNT = """#!lua flags=allow-oom
 -- Items. KEYS: owned, from, items. ARGV: epoch, TTL s, sources, per source: number, before, after; fields, then field and value of each;
--- then the fields gone. Answers how many fields there are.
+-- then the fields gone; since, or nothing where it is known. Answers how many fields there are.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return redis.error_reply('FENCED another owner has the partition') end
 local a, sources = 4, tonumber(ARGV[3])
 for i = 0, sources - 1 do
@@ -96,7 +97,8 @@ for i = 1, fields do
   redis.call('HSET', KEYS[3], ARGV[a], ARGV[a + 1])
   a = a + 2
 end
-for i = a, #ARGV do redis.call('HDEL', KEYS[3], ARGV[i]) end
+for i = a, #ARGV - 1 do redis.call('HDEL', KEYS[3], ARGV[i]) end
+if ARGV[#ARGV] ~= '' then redis.call('HSET', KEYS[1], 'since', ARGV[#ARGV]) end
 redis.call('EXPIRE', KEYS[3], ARGV[2])
 return redis.call('HLEN', KEYS[3])
 """
@@ -107,8 +109,14 @@ local number = redis.call('HINCRBY', KEYS[1], 'snapshot', 1)
 redis.call('SET', KEYS[2], struct.pack('<I8', number) .. ARGV[3], 'EX', ARGV[2])
 return number
 """
+DECLARE = """#!lua flags=allow-oom
+-- KEYS: owned. ARGV: epoch, counts.
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return redis.error_reply('FENCED another owner has the partition') end
+redis.call('HSET', KEYS[1], 'counts', ARGV[2])
+return 1
+"""
 _SCRIPTS = {name: (text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()) for name, text in
-            (("claim", CLAIM), ("renew", RENEW), ("apply", APPLY), ("count", COUNT), ("publish", PUBLISH))}  # fmt: skip
+            (("claim", CLAIM), ("renew", RENEW), ("apply", APPLY), ("count", COUNT), ("publish", PUBLISH), ("declare", DECLARE))}  # fmt: skip
 
 
 class FencedError(RayfunnelError):
@@ -154,13 +162,15 @@ class Step(NamedTuple):
 
 
 class ItemStep(NamedTuple):
-    """One atomic step of a partition's item side. sources: partition -> (position before, position after), each "position n"."""
+    """One atomic step of a partition's item side. sources: partition -> (position before, position after), each "position n"; since:
+    what its states began with, where the store does not know."""
 
     partition: int
     epoch: int
     sources: Mapping[int, tuple[str, str]]
     fields: Mapping[bytes, bytes]
     gone: Sequence[bytes] = ()
+    since: str = ""
 
 
 class Head(NamedTuple):
@@ -274,7 +284,7 @@ class PartitionStore:
             told.append(len(s.fields))
             for pair in s.fields.items():
                 told += pair
-            calls.append(([self.key(s.partition, part) for part in ("owned", "from", "items")], [*told, *s.gone]))
+            calls.append(([self.key(s.partition, part) for part in ("owned", "from", "items")], [*told, *s.gone, s.since]))
         return await self._run("count", calls)
 
     async def heads(self, partitions: Sequence[int]) -> list[Head]:
@@ -292,13 +302,23 @@ class PartitionStore:
             out.append(Head(p, (owner or b"").decode(), until_ms, number, (at or b"").decode(), n_, rows_, dead_, counted))
         return out
 
-    async def counted(self, partition: int) -> tuple[dict[int, str], list[bytes]]:
-        """How far each source is counted in a partition's item side, and its packed counters."""
+    async def counted(self, partition: int) -> tuple[dict[int, str], list[bytes], bytes | None]:
+        """How far each source is counted in a partition's item side, its packed counters, and what they began with (`packed_since`)."""
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.key(partition, "from"))
             pipe.hvals(self.key(partition, "items"))
-            sources, values = await pipe.execute()
-        return {int(source): held.decode() for source, held in sources.items()}, values
+            pipe.hget(self.key(partition, "owned"), "since")
+            sources, values, since = await pipe.execute()
+        return {int(source): held.decode() for source, held in sources.items()}, values, since
+
+    async def counts(self, partition: int) -> set[bytes]:
+        """The marks of the declarations that the counters of a partition's users are up to date in."""
+        held: bytes | None = await cast("Awaitable[Any]", self._redis.hget(self.key(partition, "owned").decode(), "counts"))
+        return {bytes.fromhex(mark) for mark in held.decode().split()} if held else set()
+
+    async def declare(self, partition: int, epoch: int, marks: Iterable[bytes]) -> None:
+        """Say of which declarations they are. FencedError where somebody else owns the partition."""
+        await self._one("declare", [self.key(partition, "owned")], [epoch, " ".join(mark.hex() for mark in marks)])
 
     async def publish(self, partition: int, epoch: int, value: bytes) -> int:
         """Replace a partition's snapshot; gives its number. FencedError where somebody else owns the partition."""

@@ -62,6 +62,8 @@ class IngestConfig(FrozenConfig):
     """Most rows of a Parquet file, and how many waiting ones are written at once."""
     keep_h: NonNegativeFloat = 1.0
     """How long an event stays in the stream after it is in Parquet."""
+    catch_up_events: NonNegativeInt = 1_000_000
+    """Where a version declares an aggregate anew: most events of a partition, the newest since the version was made, that are read once more for it."""
     cached_users: PositiveInt = 20_000
     """Users whose counters a consumer keeps decoded."""
     item_keys: PositiveInt = 200_000

@@ -18,7 +18,8 @@ To go on where one was: keep `position of the newest row + 1` per partition, whi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -139,3 +140,18 @@ def read(root: str, since: Mapping[int, int] | None = None) -> pa.Table:
             table = pq.read_table(f"{path}/{folder_name(partition)}/{file.name}", filesystem=fs, schema=SCHEMA, partitioning=None)
             parts.append(table.filter(pc.greater_equal(table["position"], start)) if file.first < start else table)
     return pa.concat_tables(parts)
+
+
+def partition_manifest(root: str, partition: int) -> Written:
+    """The manifest of one partition; an empty one where it has none."""
+    fs, path = opened(root)
+    return read_manifest(fs, f"{path}/{folder_name(partition)}/{MANIFEST}") or Written(partition=partition)
+
+
+def pages(fs: pafs.FileSystem, path: str, manifest: Written, start: int, *, since_ms: float = -math.inf) -> Iterator[pa.Table]:
+    """The events of one partition from position `start` on, a file at a time; without files that were written before `since_ms`."""
+    for file in manifest.files:
+        if file.last >= start and file.rows and 1000 * file.written >= since_ms:
+            name = f"{path}/{folder_name(manifest.partition)}/{file.name}"
+            table = pq.read_table(name, filesystem=fs, schema=SCHEMA, partitioning=None)
+            yield table.filter(pc.greater_equal(table["position"], start)) if file.first < start else table

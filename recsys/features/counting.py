@@ -14,6 +14,7 @@ from typing import NamedTuple
 from recsys.core import Vocabulary
 from recsys.data.sources import DataConfig
 from recsys.features.aggregates import AggregateConfig
+from recsys.features.covered import Covered
 from recsys.features.generate import Event
 from recsys.features.groups import GroupState, Plan, Row, compiled
 from recsys.features.keys import KeyColumns
@@ -39,7 +40,8 @@ class Changed(NamedTuple):
 
 @dataclass
 class Counting:
-    """One version's declaration at work. `seed_user` and `seed_items` are the states of its training log's end."""
+    """One version's declaration at work. `seed_user` and `seed_items` are the states of its training log's end, which hold the events
+    of `covered`."""
 
     version: str
     users: Stream
@@ -47,6 +49,7 @@ class Counting:
     read: Callable[[NewEvent, int], Row]
     seed_user: Callable[[str], States] = field(default=lambda _: {})
     seed_items: States = field(default_factory=dict)
+    covered: Covered = field(default_factory=Covered)
     user_records: Records = field(init=False)
     item_records: Records = field(init=False)
 
@@ -64,10 +67,10 @@ class Counting:
         *,
         trending_half_life_h: float,
         seed_user: Callable[[str], States] = lambda _: {},
+        covered: Covered | None = None,
     ) -> Counting:
         """From a bundle's plan and stream; None where it declares no aggregate: then only trending is counted."""
-        now = AggregateConfig(kind="count", key=("item",), decay=f"{trending_half_life_h:g}h")
-        trending = compiled({TRENDING: now}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1_800.0)
+        trending = trending_plan(trending_half_life_h)
         of_users, of_items = parted(plan) if plan is not None else (compiled({}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1.0), None)
         of_items = joined([of_items, *parted(trending)[1:]]) if of_items is not None else parted(trending)[1]
         none: Vocabulary = Vocabulary([])
@@ -76,7 +79,7 @@ class Counting:
         )
         offset_s = stream.offset_s if stream is not None else 0.0
         users, items = (Stream(part, *given, offset_s=offset_s) for part in (of_users, of_items))
-        out = cls(version, users, items, row_reader(data, history))
+        out = cls(version, users, items, row_reader(data, history), covered=covered or Covered())
         if plan is not None and stream is not None:
             places = {n: i for i, n in enumerate(n for n, g in enumerate(plan.groups) if "user" not in g.key)}
             out.seed_items = {(places[n], key): state for (n, key), state in stream.of_items.items()}
@@ -90,17 +93,17 @@ class Counting:
         """What a row adds to its user's keys."""
         return self.users.touched(row)
 
-    def user_states(self, user_id: str, values: Sequence[bytes]) -> tuple[States, bool]:
-        """A user's states from the store's values, and whether the store holds all of them.
+    def user_states(self, values: Sequence[bytes]) -> States:
+        """A user's states from the store's values."""
+        return self.user_records.read(values)
 
-        A declaration that the store knows nothing of begins where the training log ended.
-        """
-        states = self.user_records.read(values)
-        missing = set(range(len(self.users.plan.groups))) - {number for number, _ in states}
-        if not missing:
-            return states, True
-        seeds = {k: s for k, s in self.seed_user(user_id).items() if k[0] in missing}
-        return states | seeds, not seeds
+    def lacking(self, states: States) -> set[int]:
+        """The groups of users of which nothing is known."""
+        return set(range(len(self.users.plan.groups))) - {number for number, _ in states}
+
+    def seeds(self, user_id: str, lacking: set[int]) -> States:
+        """Where counting begins in groups that the store knows nothing of: where the training log ended."""
+        return {k: s for k, s in self.seed_user(user_id).items() if k[0] in lacking} if lacking else {}
 
     def add_user(self, states: States, touched: Touched) -> tuple[set[tuple[int, Key]], set[tuple[int, Key]]]:
         """Apply an event, wholly or not at all: the keys it changed, and those that had to go."""
@@ -134,12 +137,17 @@ class Counting:
         last = len(self.items.plan.groups) - 1
         return touched if row.told else [t for t in touched if t[0] != last]
 
-    def item_states(self, partition: int, partitions: int, values: Sequence[bytes]) -> tuple[States, bool]:
-        """A partition's item-side states from the store's values, and whether the store holds all of them."""
-        states = self.item_records.read(values)
-        missing = set(range(len(self.items.plan.groups))) - {number for number, _ in states}
-        seeds = {k: s for k, s in self.seed_items.items() if k[0] in missing and home(k[1], partitions) == partition}
-        return states | seeds, not seeds
+    def item_states(self, values: Sequence[bytes]) -> States:
+        """A partition's item-side states from the store's values."""
+        return self.item_records.read(values)
+
+    def item_seeds(self, partition: int, partitions: int, lacking: set[int]) -> States:
+        """Likewise for the item-side keys of a partition."""
+        return {k: s for k, s in self.seed_items.items() if k[0] in lacking and home(k[1], partitions) == partition} if lacking else {}
+
+    def item_covered(self, number: int) -> Covered:
+        """What the seeds of a group of items hold: nothing of what is trending, which no bundle knows."""
+        return Covered() if number == len(self.items.plan.groups) - 1 else self.covered
 
     def add_item(self, states: States, number: int, key: Key, event: Event) -> None:
         """Apply one event to one key."""
@@ -158,6 +166,12 @@ class Counting:
         r = self.item_records
         fields = {r.field(n, k): r.value(n, k, states[n, k]) for n, k in changed if (n, k) in states}
         return Changed(fields, [r.field(n, k) for n, k in gone])
+
+
+def trending_plan(half_life_h: float) -> Plan:
+    """What is counted of trending: one group, by item."""
+    now = AggregateConfig(kind="count", key=("item",), decay=f"{half_life_h:g}h")
+    return compiled({TRENDING: now}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1_800.0)
 
 
 def home(key: Key, partitions: int) -> int:

@@ -41,6 +41,16 @@ class Records:
         body = pack(self.plan.groups[number], state, mark=self.marks[number])
         return _HEAD.pack(number, len(texts)) + texts + _SIZE.pack(len(body)) + body
 
+    def stale(self, values: Iterable[bytes]) -> list[bytes]:
+        """The fields of values that `read` leaves out."""
+        found = []
+        for held in values:
+            _, n = _HEAD.unpack_from(held)
+            mark = held[_HEAD.size + n + _SIZE.size :][1:5]
+            if mark not in self._numbers and mark != COUNTED:
+                found.append(mark + held[_HEAD.size : _HEAD.size + n])
+        return found
+
     def read(self, values: Iterable[bytes]) -> States:
         """The states of some values; those of declarations no longer in force are left out."""
         found: States = {}

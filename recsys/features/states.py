@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -179,6 +179,12 @@ class ItemSnapshot:
         return cls(at, out)
 
 
+class ReadUser(Protocol):
+    """A user's states in a bundle, all or those of some groups; none for somebody it does not know."""
+
+    def __call__(self, user_id: str, only: Collection[int] | None = None) -> States: ...
+
+
 class StateSource:
     """The Source of a loaded bundle. `snapshot` may be replaced at any time: requests take it once, whole."""
 
@@ -186,7 +192,11 @@ class StateSource:
         self.inputs, self.stream = inputs, stream
         self.coder = Coder(inputs.columns, stream.vocabularies["item"], stream.offset_s)
         self.snapshot = ItemSnapshot.of(inputs, self.coder, stream.of_items, at)
-        self.read_user = stream.of_user.get
+        self._of_users = {number for number, group in enumerate(inputs.plan.groups) if "user" in group.key}
+        self.read_user: ReadUser = self._told
+
+    def _told(self, user_id: str, only: Collection[int] | None = None) -> States:
+        return {name: s for name, s in self.stream.of_user.get(user_id, {}).items() if only is None or name[0] in only}
 
     def query_values(self, queries: Queries) -> Raw:
         """See inputs.Source."""
@@ -221,12 +231,19 @@ class StateSource:
             held: dict[int, list[tuple[int, GroupState, float]]] = {n: [] for n, g in enumerate(self.inputs.plan.groups) if "user" in g.key}
             for b, user_id in enumerate(queries.user_ids):
                 state = queries.states[b] if queries.states else b""
-                states = self.stream.unpack(state) if state else self.read_user(user_id) or {}
+                states = self.of_user(user_id, state)
                 for (number, key), s in states.items():
                     held[number].append((self.coder.of_key(self.inputs.plan.groups[number], key, b), s, float(queries.at[b])))
             queries.memo["aggregates"] = {n: self._table(self.inputs.plan.groups[n], mine) for n, mine in held.items()}
         tables: dict[int, Looked] = queries.memo["aggregates"]
         return tables
+
+    def of_user(self, user_id: str, state: bytes) -> States:
+        """A user's states as the store has them; groups that it does not know, a version's new ones at first, are the bundle's."""
+        states = self.stream.unpack(state) if state else {}
+        if lacking := self._of_users - {number for number, _ in states}:
+            states |= self.read_user(user_id, lacking)
+        return states
 
     def _table(self, group: Group, mine: list[tuple[int, GroupState, float]]) -> Looked:
         """Each state at its own query's time."""
@@ -314,9 +331,9 @@ def load_live(folder: Path, space: FeatureSpace, users: Vocabulary, items: Vocab
     source = StateSource(inputs, stream, float(json.loads((folder / "states.json").read_text())["at"]))
     indptr, held = np.load(folder / "users.indptr.npy", mmap_mode="r"), np.load(folder / "users.bytes.npy", mmap_mode="r")
 
-    def read_user(user_id: str) -> States:
+    def read_user(user_id: str, only: Collection[int] | None = None) -> States:
         row = users.row(user_id)
-        return stream.unpack(held[indptr[row] : indptr[row + 1]].tobytes()) if row >= 0 else {}
+        return stream.unpack(held[indptr[row] : indptr[row + 1]].tobytes(), only) if row >= 0 else {}
 
-    source.read_user = read_user  # type: ignore[assignment]
+    source.read_user = read_user
     return Live(inputs, source, items)

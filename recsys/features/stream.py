@@ -10,7 +10,7 @@ import itertools
 import math
 import struct
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,8 +144,8 @@ class Stream:
             out += bytes([number]) + _LENGTH.pack(len(texts)) + texts + struct.pack("<I", len(body)) + body
         return bytes(out)
 
-    def unpack(self, held: bytes) -> States:
-        """What `pack` wrote; states of declarations that are no longer in force are left out."""
+    def unpack(self, held: bytes, only: Collection[int] | None = None) -> States:
+        """What `pack` wrote; states of declarations that are no longer in force are left out. `only`: of these groups."""
         marks = {digest(g): number for number, g in enumerate(self.plan.groups)}
         out: States = {}
         at = 0
@@ -156,7 +156,7 @@ class Stream:
             body = held[at + 7 + n : at + 7 + n + size]
             at += 7 + n + size
             number = marks.get(body[1:5])
-            if number is not None:
+            if number is not None and (only is None or number in only):
                 group = self.plan.groups[number]
                 out[number, tuple(texts.decode().split("\0"))] = unpack(group, body, mark=body[1:5])
         return out

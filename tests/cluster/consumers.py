@@ -145,7 +145,7 @@ async def held(config: Config, url: str, users: list[str]) -> Stream:
     redis = connected(url)
     partitions = PartitionStore(redis, config.store.prefix, ttl_s=10, mark_ttl_s=10, dead_letters=10)
     for p in range(config.store.partitions):
-        _, values = await partitions.counted(p)
+        _, values, _ = await partitions.counted(p)
         found = stream.unpack(b"".join(values))
         assert all(home(key, config.store.partitions) == p for _, key in found)
         stream.of_items |= found
