@@ -22,9 +22,11 @@ from redis import exceptions as faults
 from redis.asyncio import Redis
 
 from cluster.archive import Archive
+from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog, RedisLog
 from cluster.ingest_archive import Archiving
 from cluster.ingest_items import ItemHop
+from cluster.ingest_status import memory
 from cluster.ingest_users import UserHop
 from cluster.owned import Holding, Owned
 from cluster.partition import Claim, FencedError, PartitionStore, Step
@@ -57,7 +59,7 @@ class Ingest:
         self.settings, self.prefix, self.name = settings, store.prefix, name or uuid.uuid4().hex
         self._redis, self._load = connected(url), load
         make = log_of or (lambda redis: RedisLog(redis, store.prefix))
-        self._logs = [make(self._redis) for _ in range(3)]
+        self._logs = [make(self._redis) for _ in range(4)]
         counting = load("")
         if counting is None:
             raise ValueError("load('') must give a declaration.")
@@ -69,7 +71,8 @@ class Ingest:
             dead_letters=settings.dead_letters,
         )
         self.held = Holding(config, partitions, counting, repeats=self._logs[0].repeats)
-        self._users, self._items = UserHop(self.held, self._logs[0]), ItemHop(self.held, self._logs[1])
+        past = CatchUp(self.held, self._logs[3])
+        self._users, self._items = UserHop(self.held, self._logs[0], past), ItemHop(self.held, self._logs[1], past)
         self.archiving = Archiving(self.held, self._logs[2])
         self._ending = asyncio.Event()
         self._warned: dict[str, float] = {}
@@ -186,7 +189,7 @@ class Ingest:
             self.held.counting = found
             for owned in self.held.owned.values():
                 owned.users.clear()
-                owned.items = None
+                owned.items, owned.caught_up = None, False
 
     # ---- leases -----------------------------------------------------------------------------------------------------------
 
@@ -197,10 +200,8 @@ class Ingest:
             pipe.zadd(members, {self.name: now + self.settings.lease_s})
             pipe.zremrangebyscore(members, "-inf", now)
             pipe.zcard(members)
-            pipe.info("stats")
-            *_, alive, stats = await pipe.execute(raise_on_error=False)  # a server out of memory takes no member: leases hold anyway
-        if isinstance(stats, dict):
-            self._tell_of_evictions(int(stats.get("evicted_keys", 0)))
+            *_, alive = await pipe.execute(raise_on_error=False)  # a server out of memory takes no member: leases hold anyway
+        self._tell_of_evictions((await memory(self._redis))["evicted_keys"])
         alive = alive if isinstance(alive, int) else 1
         kept = await self.held.store.renew({p: o.claim for p, o in owned.items()}, self.settings.lease_s)
         for p, ours in kept.items():

@@ -7,9 +7,11 @@ import time
 from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
 
 from cluster.event_log import EventLog
 from cluster.partition import PartitionStore
+from cluster.redis_cluster import clustered
 from recsys.config import Config
 from recsys.data import event_files
 
@@ -72,14 +74,22 @@ async def server_ms(redis: Redis) -> int:
 
 
 async def memory(redis: Redis) -> dict[str, Any]:
-    """What the server uses of its budget, and what it had to forget: only histories and counters can be evicted, never the log."""
-    used, stats = await redis.info("memory"), await redis.info("stats")
+    """What the server, or all primaries of a cluster, use of the budget, and what it had to forget: only histories and counters can be evicted, never the log."""
+    nodes = await infos(redis)
     return {
-        "used_mb": round(used["used_memory"] / 2**20, 1),
-        "budget_mb": round(used["maxmemory"] / 2**20, 1) or None,
-        "policy": used["maxmemory_policy"],
-        "evicted_keys": int(stats["evicted_keys"]),
+        "used_mb": round(sum(node["used_memory"] for node in nodes) / 2**20, 1),
+        "budget_mb": round(sum(node["maxmemory"] for node in nodes) / 2**20, 1) or None,
+        "policy": nodes[0]["maxmemory_policy"],
+        "evicted_keys": sum(int(node["evicted_keys"]) for node in nodes),
     }
+
+
+async def infos(redis: Redis) -> list[dict[str, Any]]:
+    """INFO of the server, or of every primary of a cluster."""
+    if not clustered(redis):
+        return [await redis.info()]
+    told: dict[str, Any] = await redis.execute_command("INFO", target_nodes=RedisCluster.PRIMARIES)
+    return [told] if "used_memory" in told else list(told.values())
 
 
 def summary(partitions: list[PartitionStatus]) -> dict[str, Any]:

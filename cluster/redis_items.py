@@ -15,12 +15,14 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import redis
 from redis import exceptions as faults
 
+from cluster.redis_cluster import blocking_client_of, check, clustered, is_cluster
 from cluster.redis_store import PASSWORD_VARIABLE, reason, redacted
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.live_items import Changes, ItemChange, ItemRecord, from_json, merged, to_json
@@ -62,13 +64,30 @@ class RedisItemLog:
         self.shown_url, self._timeout_s = redacted(url), timeout_s or config.append_timeout_ms / 1000.0
         self._keys = [f"{config.prefix}:{{items}}:{part}" for part in ("held", "order", "changes", "epoch")]
         self._shown_key = f"{config.prefix}:{{items}}:shown"
-        password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
+        self._url, self._secret = url, os.environ.get(PASSWORD_VARIABLE)
         try:
-            self._redis = redis.Redis.from_url(url, protocol=2, socket_timeout=self._timeout_s, socket_connect_timeout=1.0, **password)
+            if is_cluster(url):
+                check(url)
+            else:
+                redis.Redis.from_url(url)
         except ValueError as fault:
-            raise ConfigError(f"redis_url '{self.shown_url}' is no address of a Redis ({fault}). Expected redis://host:6379/0.") from fault
-        self._script = self._redis.register_script(CHANGE)
+            raise ConfigError(
+                f"redis_url '{self.shown_url}' is no address of a Redis ({fault}). Expected redis://host:6379/0, or redis+cluster://host:6379."
+            ) from fault
         self._wait_for_disk: bool | None = None
+
+    @cached_property
+    def _redis(self) -> redis.Redis:
+        """Made at the first call: a cluster's client connects then, and is made again where that fails."""
+        limits = {"socket_timeout": self._timeout_s, "socket_connect_timeout": 1.0}
+        if is_cluster(self._url):
+            return blocking_client_of(self._url, self._secret, **limits)
+        password = {} if urlsplit(self._url).password else {"password": self._secret}
+        return redis.Redis.from_url(self._url, protocol=2, **limits, **password)
+
+    @cached_property
+    def _script(self) -> Any:
+        return self._redis.register_script(CHANGE)
 
     def change(self, changes: Sequence[ItemChange]) -> int:
         """See ItemLog; what others change at the same time is merged, none is lost."""
@@ -109,7 +128,8 @@ class RedisItemLog:
                 said: Any = self._redis.config_get("append*")
             except faults.ResponseError:  # managed servers hide their configuration
                 said = {}
-            self._wait_for_disk = said.get("appendonly", "yes") == "yes" and said.get("appendfsync", "always") != "always"
+            kept = said.get("appendonly", "yes") == "yes"
+            self._wait_for_disk = kept and said.get("appendfsync", "always") != "always" and not clustered(self._redis)
         if self._wait_for_disk:
             local: Any = self._redis.execute_command("WAITAOF", 1, 0, int(1000 * self._timeout_s))
             if local[0] < 1:
@@ -124,8 +144,8 @@ class RedisItemLog:
         records: dict[str, ItemRecord] = {}
         while True:
             with self._redis.pipeline(transaction=False) as pipe:
-                pipe.mget(epoch, changes).zrangebyscore(order, f"({position}", "+inf", start=0, num=ITEMS_A_CALL, withscores=True)
-                (name, newest), page = pipe.execute()
+                pipe.get(epoch).get(changes).zrangebyscore(order, f"({position}", "+inf", start=0, num=ITEMS_A_CALL, withscores=True)
+                name, newest, page = pipe.execute()
             if page:
                 ids = [item_id for item_id, _ in page]
                 values: Any = self._redis.hmget(held_key, ids)
@@ -155,7 +175,8 @@ class RedisItemLog:
 
     def close(self) -> None:
         """See ItemLog."""
-        self._redis.close()
+        if "_redis" in self.__dict__:
+            self._redis.close()
 
     def _answered(self, call: Callable[[], T]) -> T:
         try:

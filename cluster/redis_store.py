@@ -18,7 +18,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import orjson
@@ -27,6 +27,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from cluster.redis_cluster import client_of, clustered, is_cluster
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.schema import HistoryConfig
 from recsys.features.store import (
@@ -129,12 +130,16 @@ def redacted(url: str) -> str:
 
 
 def connected(url: str, *, timeout_s: float | None = None) -> Redis:
-    """A client of the server at `url`: redis://, rediss:// or unix://. It asks again once where a connection was closed meanwhile.
+    """A client of the server at `url`: redis://, rediss:// or unix://, or of a cluster: redis+cluster://, rediss+cluster://. It asks
+    again once where a connection was closed meanwhile.
 
     A password may stand in the environment instead, as RAYFUNNEL_REDIS_PASSWORD. Raises ConfigError for what is no address.
     """
-    password = {} if urlsplit(url).password else {"password": os.environ.get(PASSWORD_VARIABLE)}
+    secret = os.environ.get(PASSWORD_VARIABLE)
+    password = {} if urlsplit(url).password else {"password": secret}
     try:
+        if is_cluster(url):
+            return cast("Redis", client_of(url, secret, socket_connect_timeout=1.0, socket_timeout=timeout_s))
         pool = BlockingConnectionPool.from_url(
             url,
             protocol=2,
@@ -145,7 +150,9 @@ def connected(url: str, *, timeout_s: float | None = None) -> Redis:
             **password,
         )
     except ValueError as fault:
-        raise ConfigError(f"redis_url '{redacted(url)}' is no address of a Redis ({fault}). Expected redis://host:6379/0.") from fault
+        raise ConfigError(
+            f"redis_url '{redacted(url)}' is no address of a Redis ({fault}). Expected redis://host:6379/0, or redis+cluster://host:6379."
+        ) from fault
     return Redis.from_pool(pool)
 
 
@@ -156,6 +163,7 @@ class RedisStore:
         """`url` as in `connected`."""
         self.config, self.history, self.shown_url = config or StoreConfig(), history or HistoryConfig(), redacted(url)
         self._redis = connected(url)
+        self._clustered = clustered(self._redis)
         self._prepared: bool = False
         self._wait_for_disk = False
 
@@ -242,11 +250,18 @@ class RedisStore:
     async def _read(self, user_ids: Sequence[str]) -> list[UserState]:
         await self._prepare()
         homes = [(partition_of(user_id, self.config.partitions), user_id) for user_id in user_ids]
+        names = [self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "p:")]
         async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.mget([self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "p:")])
+            if self._clustered:  # MGET is of one slot
+                for name in names:
+                    pipe.get(name)
+            else:
+                pipe.mget(names)
             for p, user_id in homes:
                 pipe.hvals(self._key(p, "s:", user_id))
             held, *counters = await pipe.execute()
+            if self._clustered:
+                held, counters = [held, *counters[: len(names) - 1]], counters[len(names) - 1 :]
         return [
             UserState(from_history(h), orjson.loads(p) if p else {}, b"".join(c))
             for h, p, c in zip(held[::2], held[1::2], counters, strict=True)
@@ -276,7 +291,8 @@ class RedisStore:
     async def close(self) -> None:
         """See FeatureStore."""
         await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        if not self._clustered:
+            await self._redis.connection_pool.disconnect()
 
     async def _prepare(self) -> None:
         """Once: agree on the number of partitions, and learn whether an answer of the server means that the disk has it."""
@@ -297,7 +313,13 @@ class RedisStore:
         kept, synced = said.get("appendonly", "yes"), said.get("appendfsync", "always")
         if kept != "yes":
             log.warning("The feature store at %s has appendonly %s: accepted events do not survive its end.", self.shown_url, kept)
-        self._wait_for_disk = kept == "yes" and synced != "always"
+        self._wait_for_disk = kept == "yes" and synced != "always" and not self._clustered
+        if self._clustered and kept == "yes" and synced != "always":
+            log.warning(
+                "The cluster at %s has appendfsync %s: a node's end may cost the last accepted events. Set it to always.",
+                self.shown_url,
+                synced,
+            )
         self._prepared = True
 
     async def _answered(self, call: Awaitable[T], timeout_s: float) -> T:

@@ -203,7 +203,8 @@ class Config(Places):
     seed: NonNegativeInt = 1
     """Of everything drawn at random: equal seeds give equal bundles."""
     redis_url: str | None = Field(default=None, repr=False)
-    """Redis or Valkey of the feature store, such as rediss://:${REDIS_PASSWORD}@host:6379/0. null: an embedded Valkey."""
+    """Redis or Valkey of the feature store, such as rediss://:${REDIS_PASSWORD}@host:6379/0; of a cluster any of its nodes, such as
+    rediss+cluster://:${REDIS_PASSWORD}@host1:6379,host2:6379. null: an embedded Valkey."""
     fetch: Literal["ml-100k"] | None = None
     """A public data set to bring before anything else. `{data}` in a path of the data section is the folder it lies in."""
     data: DataConfig
