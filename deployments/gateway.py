@@ -111,7 +111,7 @@ class Gateway:
             ready=self._why_not if handles else None,
         )
         self._rollout.start()
-        counters = CountersFollower(config, url_of(config), self._rollout.funnels) if "fine_rank" in here else None
+        counters = CountersFollower(config, url_of(config), self._rollout.funnels) if {"recall", "fine_rank"} & {*here} else None
         if counters is not None:
             counters.start()
         self._service = Service(

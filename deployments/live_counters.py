@@ -1,4 +1,5 @@
-"""Item-side counters in this process: the consumers' snapshots are fetched in the background and put into every loaded version.
+"""Item-side counters in this process, and what is trending: the consumers' snapshots are fetched in the background and put into
+every loaded version.
 
 A request never reads a counter: it takes the snapshot that its version holds, whole, whose age is reported (`state`). Where
 none was ever published, or the store is away, the bundle's own stands. Partitions are published one after another: until all
@@ -21,9 +22,11 @@ from cluster.snapshots import SnapshotReader
 from deployments.resilience import Seldom
 from recsys.config import Config
 from recsys.errors import RayfunnelError, StoreError
-from recsys.features.snapshot import item_snapshot
+from recsys.features.counting import trending_plan
+from recsys.features.snapshot import decayed_counts, item_snapshot
 from recsys.features.states import ItemSnapshot, StateSource
 from recsys.funnel import Funnel
+from recsys.recall.trending import Trending
 
 log = logging.getLogger(__name__)
 BEHIND = 3
@@ -32,14 +35,16 @@ _FAULTS = (faults.RedisError, OSError, TimeoutError, StoreError)
 
 
 class CountersFollower:
-    """A thread that keeps the item side of `funnels()` up to date. One per process that ranks."""
+    """A thread that keeps the item side of `funnels()` up to date. One per process that ranks or recalls."""
 
     def __init__(self, config: Config, url: str, funnels: Callable[[], list[Funnel]], *, poll_s: float | None = None) -> None:
         self._config, self._url, self._funnels = config, url, funnels
         self._poll_s = poll_s or min(1.0, config.ingest.snapshot_every_s)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._applied: dict[str, tuple[int, ItemSnapshot]] = {}
+        self._applied: dict[str, tuple[int, ItemSnapshot | None]] = {}
+        self._trending = trending_plan(config.ingest.trending_half_life_h).groups[0]
+        self._trends: dict[str, float] = {}
         self._round, self._at, self._apart = 0, 0.0, 0.0
         self._seldom = Seldom()
 
@@ -56,8 +61,13 @@ class CountersFollower:
             self._thread = None
 
     def state(self) -> dict[str, Any]:
-        """For /v1/version: how old the counters in use are; null where they are the bundle's."""
-        return {"staleness_s": round(time.time() - self._at, 1) if self._at else None, "versions": sorted(self._applied)}
+        """For /v1/version: how old the counters in use are, and what is trending; null where they are the bundle's."""
+        now, trends = time.time(), list(self._trends.values())
+        return {
+            "staleness_s": round(now - self._at, 1) if self._at else None,
+            "trending_staleness_s": round(now - min(trends), 1) if trends else None,
+            "versions": sorted(self._applied),
+        }
 
     async def _follow(self) -> None:
         redis = connected(self._url, timeout_s=5.0)
@@ -88,15 +98,27 @@ class CountersFollower:
                 return
         funnels = self._funnels()
         for funnel in funnels:
-            source = funnel.live.source if funnel.live is not None else None
-            if not isinstance(source, StateSource):
-                continue
             done = self._applied.get(funnel.version)
             if done is not None and done[0] == self._round:
                 continue
-            own = done[1] if done is not None else source.snapshot  # the bundle's, for groups that no part holds
-            source.snapshot = item_snapshot(reader.parts, source.inputs, source.coder, own)
+            source, own = funnel.live.source if funnel.live is not None else None, None
+            if isinstance(source, StateSource):
+                own = done[1] if done is not None else source.snapshot  # the bundle's, for groups that no part holds
+                source.snapshot = item_snapshot(reader.parts, source.inputs, source.coder, own or source.snapshot)
+            self._trend(reader, funnel)
             self._applied[funnel.version] = (self._round, own)
         self._at = at[0]
         loaded = {funnel.version for funnel in funnels}
         self._applied = {version: done for version, done in self._applied.items() if version in loaded}
+        self._trends = {version: at for version, at in self._trends.items() if version in loaded}
+
+    def _trend(self, reader: SnapshotReader, funnel: Funnel) -> None:
+        channels = [channel for channel in funnel.channels.values() if isinstance(channel, Trending)]
+        if not channels:
+            return
+        recent, at = decayed_counts(reader.parts, self._trending, funnel.items)
+        followed = [channel.follow(recent, at) for channel in channels]
+        if any(followed):
+            self._trends[funnel.version] = at
+        else:
+            self._trends.pop(funnel.version, None)

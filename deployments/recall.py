@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from deployments.live_counters import CountersFollower
 from deployments.stage import Stage
+from deployments.store_owner import url_of
+from recsys.config import Config
 from recsys.core import Candidates, Queries
 from recsys.funnel import Funnel
 
@@ -11,6 +14,11 @@ class Recall(Stage):
     """Recalls candidates for a batch of queries."""
 
     loads = ("recall",)
+
+    def __init__(self, config: Config, threads: int) -> None:
+        super().__init__(config, threads)
+        self._counters = CountersFollower(config, url_of(config), self.rollout.funnels)  # what is trending now
+        self._counters.start()
 
     @staticmethod
     def take(funnel: Funnel, queries: Queries, candidates: Candidates | None) -> Candidates:  # noqa: ARG004  one shape for all stages

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from recsys.core import Vocabulary
 from recsys.errors import StoreError
 from recsys.features.generate import Instant
 from recsys.features.groups import Group, GroupState, Plan
@@ -121,6 +122,22 @@ def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Cod
     cuts = {(part.at, part.counted) for part in parts.values()}
     at, counted = min(cuts)
     return ItemSnapshot(at, groups, counted if len(cuts) == 1 else ())
+
+
+def decayed_counts(parts: Mapping[int, Part], group: Group, items: Vocabulary) -> tuple[np.ndarray, float]:
+    """((I,) the one count of a group by item, in the rows of `items`; its Unix seconds), as old as the oldest part that holds it.
+
+    A part of a later time is weighed as if it were of that time. An item that is not of the vocabulary is left out.
+    """
+    mark, (feature,) = digest(group), group.features
+    held = [(part.at, part.tables[mark]) for part in parts.values() if mark in part.tables]
+    out, at = np.zeros(len(items)), min((when for when, _ in held), default=0.0)
+    half_life_s = feature.monoid.half_life_s
+    for when, table in held:
+        rows = items.rows(table["key"].to_pylist())
+        known = (rows >= 0) & (rows < len(out))
+        out[rows[known]] += table["0.0"].to_numpy()[known] * 2.0 ** ((when - at) / half_life_s)
+    return out, at
 
 
 def _looked(group: Group, tables: Iterable[pa.Table], coder: Coder) -> Looked:
