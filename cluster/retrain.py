@@ -23,22 +23,21 @@ from rich.markup import escape
 
 from cluster import evaluation, pipeline
 from cluster.registry import Registry, open_registry
-from recsys import packing
+from cluster.taken import TAKEN, Positions, Taken, taken_in
+from recsys import impressions, packing
 from recsys.config import Config
 from recsys.continued import Continued
 from recsys.core import Vocabulary
 from recsys.data import live_log
+from recsys.data.sources import IMPRESSION
 from recsys.data.split import SplitConfig
 from recsys.errors import DataError, RetrainRefusedError
+from recsys.exposures import Pages
 from recsys.funnel import Funnel
 from recsys.prepared import Prepared
 from recsys.recipe import Recipe
 from recsys.requests import Past
 from recsys.rolling import Newest, Verdict, compared
-
-TAKEN = "taken.json"
-Positions = dict[int, int]
-"""Partition -> the position behind the newest event taken."""
 
 
 class Retrained(NamedTuple):
@@ -54,11 +53,12 @@ class Retrained(NamedTuple):
 
 
 class Serving(NamedTuple):
-    """The version to follow: its bundle, and (E,) bool rows of the log that it has not seen."""
+    """The version to follow: its bundle, (E,) bool rows of the log that it has not seen, and the pages that the service logged."""
 
     version: str
     folder: Path
     fresh: np.ndarray
+    pages: Pages | None = None
 
 
 def retrain(
@@ -81,12 +81,16 @@ def retrain(
     held = live_log.read(events or config.place("events"))
     taken = taken_by(registry, serving)
     new = held.filter(_behind(held, taken))
-    ends = _ends(held, taken)
+    now = Taken.of(held, taken, own=events is None)
     done = partial(_done, began, console)
+    if not len(new):
+        return done(
+            None, promoted=False, new=0, warm=False, verdict=None, sentence=f"Nothing new since {serving}: 0 new events. Nothing to do."
+        )
     if len(new) < config.retrain.min_events:
         few = f"{len(new):,} new events since {serving}: fewer than the {config.retrain.min_events:,} of retrain.min_events. Nothing to do."
         return done(None, promoted=False, new=len(new), warm=False, verdict=None, sentence=few)
-    if (same := _published(registry, serving, ends)) is not None:
+    if (same := _published(registry, serving, now.positions)) is not None:
         if promote:
             registry.promote(same)
         sentence = f"{same} has taken these {len(new):,} events already" + (" and is production now" if promote else "")
@@ -96,7 +100,7 @@ def retrain(
     config, cut = _with_live(config, held, new)
     folder = registry.local_copy(serving)
     prepared, data_key = pipeline.prepare(config, console, split=cut, like=None if anew else folder / "features")
-    to_follow = Serving(serving, folder, _fresh(prepared, new, folder))
+    to_follow = Serving(serving, folder, _fresh(prepared, new, folder), _pages(config, prepared, held))
     steps, warm, why = _steps(config, prepared, data_key, to_follow, console, anew=anew)
     console.print(
         f"{len(new):,} new events since {serving}; " + ("going on from its weights" if warm else f"fitting anew: {why}"), highlight=False
@@ -107,7 +111,7 @@ def retrain(
             f"The retrained version is not published and {serving} stays: {verdict.sentence()}. The gate wants a difference of at least "
             f"{config.retrain.gate.at_least:g} standard errors. Look at the new events, or change retrain.gate."
         )
-    taken_now = {"positions": ends, "events": len(held), "since": serving, "warm": warm}
+    taken_now = {**now.as_json(), "events": len(held), "since": serving, "warm": warm}
     version = _publish(registry, steps, taken_now, verdict, console)
     if promote:
         registry.promote(version)
@@ -128,8 +132,8 @@ def _done(
 
 def taken_by(registry: Registry, version: str) -> Positions:
     """Up to where a version has taken the event log; nothing for one that `train` made."""
-    path = registry.local_copy(version, contents=False) / TAKEN
-    return {int(p): n for p, n in json.loads(path.read_text())["positions"].items()} if path.exists() else {}
+    taken = taken_in(registry.local_copy(version, contents=False))
+    return taken.positions if taken is not None else {}
 
 
 def _behind(events: pa.Table, taken: Mapping[int, int]) -> pa.Array:
@@ -139,14 +143,6 @@ def _behind(events: pa.Table, taken: Mapping[int, int]) -> pa.Array:
         if p < len(starts):
             starts[p] = n
     return pa.array(position >= starts[partition]) if len(events) else pa.array([], pa.bool_())
-
-
-def _ends(events: pa.Table, taken: Mapping[int, int]) -> Positions:
-    out = dict(taken)
-    newest = events.group_by("partition").aggregate([("position", "max")])
-    for p, n in zip(newest["partition"].to_pylist(), newest["position_max"].to_pylist(), strict=True):
-        out[p] = max(out.get(p, 0), n + 1)
-    return dict(sorted(out.items()))
 
 
 def _published(registry: Registry, serving: str, ends: Positions) -> str | None:
@@ -209,6 +205,19 @@ def _known_to(prepared: Prepared, serving: Path, candidates: np.ndarray) -> np.n
     return out
 
 
+def _pages(config: Config, prepared: Prepared, held: pa.Table) -> Pages | None:
+    """The logged pages, joined with the events of their requests that came before the held-out part; None where none was logged."""
+    folder = Path(f"{config.root}/impressions")
+    if "://" in config.root or not any(folder.glob("*.parquet")):
+        return None
+    test = prepared.log.time[prepared.split.test]
+    known = held.filter(pc.less(held["time_ms"], int(1000 * test.min(initial=np.inf)) if len(test) else 1 << 62))
+    labelled, _ = impressions.joined(impressions.read(str(folder)), known, window_s=3600 * config.retrain.click_window_h)
+    rows = held.filter(pc.equal(held["event"], IMPRESSION)) if config.data.impressions else held.slice(0, 0)
+    own = set(zip(rows["request_id"].to_pylist(), rows["item_id"].to_pylist(), strict=True))
+    return Pages.of(labelled, prepared.log, without=own)
+
+
 # ---- fit, judge, publish ----------------------------------------------------------------------------------------------
 
 
@@ -228,7 +237,14 @@ def _steps(
 
     examples, storage = places(serving.version)
     warm = Continued(
-        config, prepared, examples, pipeline.trainer(console, storage, in_process=not far), say, start=serving.folder, fresh=fresh
+        config,
+        prepared,
+        examples,
+        pipeline.trainer(console, storage, in_process=not far),
+        say,
+        start=serving.folder,
+        fresh=fresh,
+        pages=serving.pages,
     )
     why = "--anew" if anew else warm.hindrance()
     if why is None and not (prepared.split.train & fresh & prepared.log.positive).any():

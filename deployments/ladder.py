@@ -63,6 +63,8 @@ class Row:
     batch: Batch | None = None
     request_id: str = ""
     """Names the page in the log of impressions; empty: it is not logged."""
+    variant: str = ""
+    """What it was part of there."""
 
 
 class Shown(NamedTuple):

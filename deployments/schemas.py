@@ -101,6 +101,8 @@ class RecommendBody(Body):
     """Add each item's rank and score at every stage, which rule moved it, and with what probability it stands where it does."""
     request_id: Id | None = None
     """Echoed in the answer; made up if absent."""
+    variant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """What the request is a part of, such as an arm of an experiment: echoed, and logged with the page. As configured if absent."""
     timeout_ms: float | None = Field(default=None, gt=0)
     """A sooner deadline than the service's own."""
 
@@ -120,6 +122,8 @@ class RankBody(Body):
     """Add each item's rank and score at every stage."""
     request_id: Id | None = None
     """Echoed in the answer; made up if absent."""
+    variant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """What the request is a part of, such as an arm of an experiment: echoed, and logged with the page. As configured if absent."""
     timeout_ms: float | None = Field(default=None, gt=0)
     """A sooner deadline than the service's own."""
 

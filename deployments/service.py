@@ -46,7 +46,6 @@ from recsys.serve_config import ServeConfig
 
 log = logging.getLogger(__name__)
 
-PRODUCTION = "production"
 AT_ONCE = {True: 2, False: 6}
 """Micro-batches under way at once, by whether all stages are here. Here they share the interpreter, and a second one only
 hides the wait for the store; elsewhere a batch mostly waits for other processes."""
@@ -139,11 +138,12 @@ class Service:
             boosts=[(one, b.factor) for b in body.boosts for one in funnel.filters.parse(b.filter) or ()],
             pins=[(p.item_id, p.place) for p in body.pins],
         )
-        answer = await self._answered(funnel, request, self._deadline(body.timeout_ms), body.request_id or request_id)
+        variant = body.variant or self.config.variant
+        answer = await self._answered(funnel, request, self._deadline(body.timeout_ms), (body.request_id or request_id, variant))
         if self._follower is not None:
             self._follower.note(item.item_id for item in answer.items)
         self._monitor.request("recommend", time.perf_counter() - started)
-        return _shown(answer, body.request_id or request_id, started)
+        return _shown(answer, body.request_id or request_id, variant, started)
 
     def _log_page(self, shown: Shown) -> None:
         """A sampled page goes to the log of impressions; a fault there must not reach the answers."""
@@ -155,11 +155,12 @@ class Service:
             self._impressions.failed += 1
             log.exception("A page could not be logged.")
 
-    async def _answered(self, funnel: Funnel, request: FunnelRequest, deadline: Deadline, request_id: str) -> Answer:
+    async def _answered(self, funnel: Funnel, request: FunnelRequest, deadline: Deadline, named: tuple[str, str]) -> Answer:
+        """`named` are the request id and the variant."""
         loop = asyncio.get_running_loop()
         row = Row(request, deadline, loop.create_future())
-        if self._impressions is not None and self._impressions.wants(request_id):
-            row.request_id = request_id
+        if self._impressions is not None and self._impressions.wants(named[0]):
+            row.request_id, row.variant = named
         # What shares a batch shares the version, the depth of its stages and whether ranks are noted on the way.
         self._batcher.put((funnel.version, funnel.lane(request.k), request.explain), row)
         timer = loop.call_later(deadline.left_s, self._ladder.answer_early, row, funnel)
@@ -197,7 +198,7 @@ class Service:
         )
         answer = await self._ranked(request, body.item_ids, self._deadline(body.timeout_ms))
         self._monitor.request("rank", time.perf_counter() - started)
-        return _shown(answer, body.request_id or request_id, started)
+        return _shown(answer, body.request_id or request_id, body.variant or self.config.variant, started)
 
     async def _ranked(self, request: FunnelRequest, item_ids: list[str], deadline: Deadline) -> Answer:
         timings: dict[str, float] = {}
@@ -398,7 +399,7 @@ async def _neighbours(whose: str, nearest: Callable[[], Awaitable[list[tuple[str
         raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
 
 
-def _shown(answer: Answer, request_id: str, started: float) -> bytes:
+def _shown(answer: Answer, request_id: str, variant: str, started: float) -> bytes:
     timings = {name: round(ms, 3) for name, ms in answer.timings.items()}
     timings["total"] = round(1000 * (time.perf_counter() - started), 3)
     return orjson.dumps(
@@ -406,7 +407,7 @@ def _shown(answer: Answer, request_id: str, started: float) -> bytes:
             "request_id": request_id,
             "items": [_item(item) for item in answer.items],
             "model_version": answer.version,
-            "variant": PRODUCTION,
+            "variant": variant,
             "degraded": [note.shown() for note in answer.degraded],
             "timings_ms": timings,
         }

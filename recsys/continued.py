@@ -22,10 +22,13 @@ import numpy as np
 from recsys.batches import Examples, save_start
 from recsys.config import Config
 from recsys.errors import TrainingError
+from recsys.examples import Columns
 from recsys.export import save_model
+from recsys.exposures import Pages, beside, page_examples
 from recsys.features.schema import FeatureSpace, Field
+from recsys.funnel import Funnel
 from recsys.growing import State, difference, grown, new_ids
-from recsys.recipe import Cut, Recipe
+from recsys.recipe import MOST_VALIDATED, Cut, Recipe
 from recsys.retrain_config import RetrainConfig
 from recsys.training import ModelConfig, TrainingConfig
 
@@ -36,6 +39,27 @@ class Continued(Recipe):
 
     start: Path = field(default_factory=Path)
     fresh: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    pages: Pages | None = None
+    """Pages that the service logged since, of users of the log."""
+
+    def _with_pages(self, funnel: Funnel, train: Columns, valid: Columns) -> tuple[Columns, Columns]:
+        """Pages of the window beside its moments, and of the validation part: what was shown and passed over teaches the most."""
+        log, split = self.prepared.log, self.prepared.split
+        new = log.time[split.train & self.fresh]
+        if self.pages is None or not self.config.examples.exposed or not len(new):
+            return train, valid
+        ends = [float(new.min()), *(float(log.time[mask].min(initial=np.inf)) for mask in (split.valid, split.test))]
+        out = []
+        for columns, start, end, most in zip(
+            (train, valid), ends, ends[1:], (self.config.examples.max_moments or len(self.pages), MOST_VALIDATED), strict=False
+        ):
+            pages = self.pages.between(start, end, most=most, seed=self.config.seed)
+            first = int(columns["moment"].max(initial=-1)) + 1 if columns else 0
+            more = page_examples(funnel, self.moments, pages, first=first)
+            out.append(beside(columns, more) if columns else more)
+            if more:
+                self.say(f"{len(pages):,} pages of the service: {len(more['label']):,} pairs, {int(more['label'].sum()):,} of them taken")
+        return out[0], out[1]
 
     @property
     def how(self) -> RetrainConfig:

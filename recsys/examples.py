@@ -94,7 +94,7 @@ def impression_examples(prepared: Prepared, moments: Moments, at: np.ndarray, la
     """The log's rows at positions `at` (n,), each with what was known just before and its 0/1 `label`."""
     out = _rows(prepared, moments, at)
     if (live := prepared.live) is not None:
-        out |= _gathered(
+        out |= gathered(
             live.query_fields(q) | {n: x[:, 0] for n, x in live.pair_fields(q, q_items[:, None]).items()}
             for q, q_items in zip(moments.chunks(at, CHUNK), np.split(moments.log.item[at], range(CHUNK, len(at), CHUNK)), strict=True)
         )
@@ -110,7 +110,7 @@ def _rows(prepared: Prepared, moments: Moments, at: np.ndarray, dice: Dice | Non
         progress(len(queries))
         return out if new is None else prepared.space.estranged(out, queries, new)
 
-    out = _gathered(fields(q) for q in moments.chunks(at, CHUNK))
+    out = gathered(fields(q) for q in moments.chunks(at, CHUNK))
     return out | {name: np.asarray(column)[moments.log.item[at]] for name, column in prepared.item_columns.items()}
 
 
@@ -140,19 +140,29 @@ def ranker_examples(
             queries.memo["fields"] = funnel.space.estranged(funnel.user_fields(queries), queries, new)
             asked = replace(queries, users=np.where(new, UNKNOWN, queries.users).astype(np.int32), memo={})  # nothing was counted of them
         items, says, labels = _pairs(funnel, queries, moments.log, chunk, draw)
-        b, n = np.nonzero(items != UNKNOWN)
-        fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
-        rows = items[b, n]
-        fields |= {name: np.asarray(column)[rows] for name, column in funnel.item_columns.items()}
-        if funnel.live is not None:
-            fields |= {name: column[b] for name, column in funnel.live.query_fields(asked).items()}
-            fields |= {name: column[b, n] for name, column in funnel.live.pair_fields(asked, items).items()}
-        parts.append(
-            fields
-            | {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (start + b).astype(np.int32)}
-        )
+        parts.append(pair_columns(funnel, queries, (items, says, labels), start, asked))
         progress(len(chunk))
-    return _gathered(parts)
+    return gathered(parts)
+
+
+def pair_columns(
+    funnel: Funnel, queries: Queries, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], first: int, counted: Queries | None = None
+) -> Columns:
+    """What the fine stage sees of ((B, M) items or -1, (B, M, w) evidence, (B, M) labels), a row a pair; `moment` counts from `first`.
+
+    `counted` are the queries that aggregates are of, where `queries` forget some of what was known.
+    """
+    items, says, labels = pairs
+    asked = queries if counted is None else counted
+    b, n = np.nonzero(items != UNKNOWN)
+    fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
+    rows = items[b, n]
+    fields |= {name: np.asarray(column)[rows] for name, column in funnel.item_columns.items()}
+    if funnel.live is not None:
+        fields |= {name: column[b] for name, column in funnel.live.query_fields(asked).items()}
+        fields |= {name: column[b, n] for name, column in funnel.live.pair_fields(asked, items).items()}
+    pair = {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (first + b).astype(np.int32)}
+    return fields | pair
 
 
 def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, draw: _Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,7 +215,8 @@ def _blind_negatives(queries: Queries, target: np.ndarray, wanted: np.ndarray, d
     return np.where(had | (items == target) | ~wanted[:, None], UNKNOWN, items)
 
 
-def _gathered(parts: Iterator[Columns] | Sequence[Columns]) -> Columns:
+def gathered(parts: Iterator[Columns] | Sequence[Columns]) -> Columns:
+    """Chunks of rows as one."""
     listed = list(parts)
     return {name: np.concatenate([p[name] for p in listed]) for name in listed[0]} if listed else {}
 

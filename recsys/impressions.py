@@ -26,6 +26,8 @@ from recsys.features.states import ItemSnapshot
 from recsys.funnel import FunnelRequest, PageItem
 
 FORMAT = "2"
+DEFAULT_VARIANT = "default"
+"""Of a page whose request and configuration name none."""
 SCHEMA = pa.schema(
     [
         ("request_id", pa.string()),
@@ -107,7 +109,7 @@ def impression(
     seen: Used | None,
     *,
     version: str,
-    variant: str = "",
+    variant: str = DEFAULT_VARIANT,
     degraded: Sequence[str] = (),
 ) -> Impression:
     """The record of one answered page; `seen` is of `picked`."""
@@ -169,6 +171,7 @@ EXAMPLES = pa.schema(
         ("position", pa.int16()),
         ("propensity", pa.float32()),
         ("model_version", pa.string()),
+        ("variant", pa.string()),
         ("context", pa.string()),
     ]
 )
@@ -208,12 +211,12 @@ def joined(
             first[request, item] = min(first.get((request, item), (time, event)), (time, event))
     out: dict[str, list[Any]] = {name: [] for name in EXAMPLES.names}
     for row in impressions.select(
-        ["request_id", "user_id", "time_ms", "model_version", "context", "items", "positions", "propensities"]
+        ["request_id", "user_id", "time_ms", "model_version", "variant", "context", "items", "positions", "propensities"]
     ).to_pylist():
         for item, position, propensity in zip(row["items"], row["positions"], row["propensities"], strict=True):
             hit = first.get((row["request_id"], item))
             values = (row["request_id"], row["user_id"], item, hit[1] if hit else IMPRESSION, row["time_ms"], int(hit is not None))
-            for name, value in zip(out, (*values, position, propensity, row["model_version"], row["context"]), strict=True):
+            for name, value in zip(out, (*values, position, propensity, row["model_version"], row["variant"], row["context"]), strict=True):
                 out[name].append(value)
     account |= {"pages": len(impressions), "examples": len(out["label"]), "positives": sum(out["label"])}
     return pa.table(out, schema=EXAMPLES), account

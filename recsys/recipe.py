@@ -209,6 +209,7 @@ class Recipe:
                     )
                     for i, (at, dice) in enumerate(((window, self._dice("fine_rank")), (held, None)))
                 )
+            train, valid = self._with_pages(funnel, train, valid)
             if not len(train.get("label", ())):
                 raise DataError(NOTHING_TO_RANK.format(n=len(window)))
             self.say(f"fine_rank: {len(train['label']):,} pairs of {len(window):,} moments")
@@ -228,6 +229,10 @@ class Recipe:
     def _dice(self, name: str) -> examples.Dice | None:
         share = self.config.examples.strangers
         return examples.Dice(share, np.random.default_rng([self.config.seed, id_hash(name) & 0xFFFFFFFF])) if share else None
+
+    def _with_pages(self, funnel: Funnel, train: examples.Columns, valid: examples.Columns) -> tuple[examples.Columns, examples.Columns]:  # noqa: ARG002
+        """What else the ranker learns from; nothing where no service has logged a page."""
+        return train, valid
 
     def _evidence(self, n_channels: int) -> tuple[Field, ...]:
         wanted = self.config.fine_rank.features

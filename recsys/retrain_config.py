@@ -38,5 +38,7 @@ class RetrainConfig(FrozenConfig):
     """Old positives replayed beside each new one, drawn at random, so that what is old is not forgotten."""
     learning_rate: PositiveFloat = 0.3
     """Share of the configured learning rates that is in force where training goes on."""
+    click_window_h: PositiveFloat = 24.0
+    """How long after a logged page an event of its request still makes its item a positive for the fine ranker."""
     gate: GateConfig = GateConfig()
     """What must hold for a version to be published and promoted."""

@@ -139,6 +139,8 @@ class ServeConfig(FrozenConfig):
     """Address to listen on. 0.0.0.0 opens the service to the network."""
     port: Port = 8_000
     """Port of the HTTP API."""
+    variant: str = Field(default="default", min_length=1, max_length=64)
+    """What answers and logged pages are said to be part of where the request does not say it itself."""
     data_plane: Literal["python", "haproxy"] = "haproxy"
     """haproxy: Serve's throughput mode behind HAProxy, five times faster. python: plain Serve, the switch back."""
     topology: TopologyConfig = TopologyConfig()

@@ -28,6 +28,7 @@ LAYERS = (
     ("impressions", "skew"),
     (
         "examples",
+        "exposures",
         "packing",
         "blending",
         "recipe",

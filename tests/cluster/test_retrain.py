@@ -1,9 +1,11 @@
 """`rayfunnel retrain`: new events to a promoted version, refused by the gate, repeated, killed, with new ids and other features."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -12,7 +14,8 @@ from cluster.registry import Registry
 from cluster.retrain import TAKEN, retrain, taken_by
 from recsys.config import Config
 from recsys.errors import BundleError, DataError, RetrainRefusedError
-from recsys.funnel import Funnel, FunnelRequest
+from recsys.funnel import Funnel, FunnelRequest, PageItem
+from recsys.impressions import impression, table_of
 from tests.live_events import Told, archive
 from tests.small import config_of, publish, write_data
 
@@ -97,12 +100,42 @@ def test_what_was_taken_is_not_taken_again(at):
     assert promoted.version == first.version == held.resolve("production")
     nothing = retrain(config, console())
     assert nothing.version is None
-    assert "0 new events" in nothing.sentence
+    assert nothing.sentence == f"Nothing new since {first.version}: 0 new events. Nothing to do."
+    assert len(held.versions()) == 2
     archive(events, new_events(150, start=LATER + 100_000))
     second = retrain(config, console())
     assert second.new_events == 150
     assert held.manifest(second.version).parent_version == first.version
     assert sum(taken_by(held, second.version).values()) == 390
+
+
+def pages_of(events: list[Told], at: Path, *, variant: str = "default") -> None:
+    """Log a page of three for every event: its item taken or not, and two others that nobody asked for."""
+    shown = []
+    for n, told in enumerate(events):
+        request = FunnelRequest(told.user, 3, told.time_s - 5, context={"device": "web"})
+        page = [
+            PageItem(item, 0.5, [], None, None) for item in (told.item, "i38", "i39") if item not in ("i38", "i39") or item != told.item
+        ]
+        shown.append(impression(request, f"r{n}", page, None, version="v", variant=variant))
+    at.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table_of(shown), at / "one.parquet")
+
+
+def test_logged_pages_are_lessons_of_the_ranker_beside_the_events(at):
+    """Of 240 events the first 144 (1 - .2 - .2) are learnt from, and so are their pages; those of the held-out part are not."""
+    config = config_of(at, TOLERANT)
+    events = [told._replace(request_id=f"r{n}") for n, told in enumerate(new_events())]
+    archive(Path(config.place("events")), events)
+    pages_of(events, Path(config.place("events")).parent / "impressions")
+    told = console()
+    assert retrain(config, told).warm
+    lines = [line for line in told.export_text().splitlines() if "pages of the service" in line]
+    assert len(lines) == 2, "of the window and of validation"
+    pages, pairs, taken = (int(x) for x in re.findall(r"\d+", lines[0].replace(",", "")))
+    assert 140 <= pages <= 144, "a page is asked for 5 s before its event, and the newest user's is before the window"
+    assert 2 * pages <= pairs <= 3 * pages
+    assert 0 < taken <= pages
 
 
 def test_a_version_that_is_worse_is_refused_and_the_serving_one_stays(at):
@@ -162,8 +195,6 @@ def test_where_more_than_ids_differ_it_fits_anew_and_says_why(at, setting, reaso
 
 
 def test_events_from_a_file_are_taken_like_those_of_the_workdir(at):
-    import pyarrow.parquet as pq
-
     from recsys.data import event_files
 
     config = config_of(at, TOLERANT)

@@ -108,7 +108,7 @@ class TestRecommend:
             "request_id": "r-1",
             "items": [{"item_id": "i40", "score": 40.0, "sources": ["one"]}, {"item_id": "i42", "score": 42.0, "sources": ["one"]}],
             "model_version": V1,
-            "variant": "production",
+            "variant": "default",
             "degraded": [],
         }
 

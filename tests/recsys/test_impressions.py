@@ -12,7 +12,9 @@ def page(request: str, user: str, time_ms: int, *items: str) -> Impression:
     n = len(items)
     places, ones = list(range(1, n + 1)), [1.0] * n
     features = [("item_n", [float(i) for i in range(n)])]
-    return Impression(request, user, time_ms, time_ms / 1000, "v1", "", "{}", [], list(items), places, ones, ones, 5.0, None, [], features)
+    return Impression(
+        request, user, time_ms, time_ms / 1000, "v1", "", "{}", [], list(items), places, ones, ones, 5.0, None, None, [], features
+    )
 
 
 def events(*rows: tuple[str, str, str, int, str | None, str]) -> pa.Table:
@@ -64,5 +66,5 @@ def test_none_and_another_format_are_sentences(tmp_path):
     with pytest.raises(DataError, match=r"Set serve\.impressions\.sample above 0"):
         read(str(tmp_path))
     pq.write_table(SCHEMA.remove_metadata().empty_table(), tmp_path / "1.parquet")
-    with pytest.raises(DataError, match="has format none of impressions, this code reads 1"):
+    with pytest.raises(DataError, match="has format none of impressions, this code reads 2"):
         read(str(tmp_path))
