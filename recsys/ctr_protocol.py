@@ -68,7 +68,7 @@ def judge_ctr(config: Config, prepared: Prepared, folder: Path, train: Trainer, 
                 training = config.fine_rank.training
                 training = training.model_copy(update=CONVERGED) if name == "lr" else training
                 trained = train(folder, known[name], training, name=f"ctr_{name}")
-                score = partial(_scores, RankerEngine.load(trained, prepared.item_columns), prepared, config)
+                score = partial(predicted, RankerEngine.load(trained, prepared.item_columns), prepared, config)
             fitted = time.perf_counter() - start
         scores = {part: score(at) for part, at in asked.items()}
         took = {"fit": fitted, "predict": time.perf_counter() - start - fitted}
@@ -101,7 +101,7 @@ def _fields(config: Config, prepared: Prepared) -> tuple[Field, ...]:
     return prepared.ranked_fields(config.fine_rank.features)
 
 
-def _scores(engine: RankerEngine, prepared: Prepared, config: Config, test: np.ndarray) -> np.ndarray:
+def predicted(engine: RankerEngine, prepared: Prepared, config: Config, test: np.ndarray) -> np.ndarray:
     """(n,) probabilities of the rows at log positions `test`, through the engine that serves."""
     moments, live, out = prepared.moments(config), prepared.live, []
     for start in range(0, len(test), CHUNK):

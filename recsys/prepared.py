@@ -148,7 +148,8 @@ class Prepared:
 def prepare(config: Config, split: SplitConfig | None = None, like: Path | None = None) -> Prepared:
     """Load, clean, split and encode the declared data set. `split` stands in for the configuration's own (a protocol's).
 
-    `like` is the features folder of a version whose scales and widths are kept, so that its models can go on from there.
+    `like` is the features folder of a version whose scales and widths are kept, so that its models can go on from there; its
+    aggregates lie beside it.
 
     Raises DataError where files cannot be read as declared or nothing is left to learn from.
     """
@@ -176,6 +177,8 @@ def prepare(config: Config, split: SplitConfig | None = None, like: Path | None 
         gap_s = config.data.interactions.session_gap_min * 60
         tables_ = (data.users, data.items)
         aggregates = AggregateInputs.fit(space, declared, *tables_, log, train=parts.train, told=enters, gap_s=gap_s)
+        if like is not None and (like.parent / "aggregates").exists():
+            aggregates.keeping(like.parent / "aggregates")
         joined = aggregates.item_columns(log.n_items)
     return Prepared(
         log,

@@ -200,11 +200,26 @@ class AggregateInputs:
 
     # ---- disk ---------------------------------------------------------------------------------------------------------
 
+    def keeping(self, before: Path) -> None:
+        """Take the scales of an earlier fit from its folder, for aggregates of the same declaration: its models' inputs mean the same then."""
+        held = json.loads((before / "aggregates.json").read_text())
+        for name, (centre, spread) in held["scales"].items():
+            if name in self.scales and held.get("declared", {}).get(name) == self._declared(name):
+                self.scales[name] = (float(centre), float(spread))
+
+    def _declared(self, name: str) -> object:
+        return self.plan.aggregates[name].model_dump(mode="json")
+
     def save(self, folder: Path) -> None:
         """Write aggregates.json and the key columns into a new folder."""
         folder.mkdir(parents=True)
         self.columns.save(folder)
-        written = {"gap_s": self.gap_s, "priors": self.plan.priors, "scales": self.scales}
+        written = {
+            "gap_s": self.gap_s,
+            "priors": self.plan.priors,
+            "scales": self.scales,
+            "declared": {n: self._declared(n) for n in self.scales},
+        }
         (folder / "aggregates.json").write_text(json.dumps(written, indent=1))
 
     @classmethod

@@ -92,6 +92,23 @@ def test_prepared_aggregates_come_back_from_disk(served, tmp_path):
     assert all((ours[n] == theirs[n]).all() for n in ours)
 
 
+def test_a_version_that_goes_on_keeps_the_scales_of_its_inputs(served):
+    steps, _, bundle = served
+    before = json.loads((bundle / "aggregates" / "aggregates.json").read_text())["scales"]
+    changed = steps.config.model_copy(
+        update={"split": steps.config.split.model_copy(update={"by": "time", "ratio": (5, 3, 2)})}
+    )  # other training rows
+    anew, on = prepare(changed), prepare(changed, like=bundle / "features")
+    assert {n: tuple(x) for n, x in before.items()} == on.aggregates.scales
+    assert anew.aggregates.scales != on.aggregates.scales
+    other = changed.features.model_copy(
+        update={"aggregates": changed.features.aggregates | {"item_n": changed.features.aggregates["user_n"]}}
+    )
+    redeclared = prepare(changed.model_copy(update={"features": other}), like=bundle / "features").aggregates.scales
+    assert redeclared["user_n"] == tuple(before["user_n"])
+    assert redeclared["item_n"] != tuple(before["item_n"]), "another declaration of the same name is another number"
+
+
 def test_the_ranker_learns_from_the_aggregates(served):
     steps, final, _ = served
     names = {f["name"] for f in json.loads((steps.ranker / "model.json").read_text())["fields"]}
