@@ -23,6 +23,7 @@ from cluster.ingest_status import sizes
 from cluster.redis_store import RedisStore, connected
 from recsys.config import Config
 from recsys.data import event_files
+from recsys.features.counting import Counting
 from recsys.features.tally import Tally
 from tests.benchmarks.live_service import USERS, Connection, event, service
 
@@ -151,9 +152,11 @@ async def against_naive(config: Config, store: RedisStore, most: int = 200) -> d
     users = [f"u{n}" for n in range(USERS)]
     states = await store.read(users, timeout_s=30.0)
     with_counters = [(u, s) for u, s in zip(users, states, strict=True) if s.counters][:: max(1, len(users) // most)][:most]
-    taken = mine = 0
+    taken = mine = settled = 0
     for user, state in with_counters:
-        names = await _naive(redis, f"naive:user:{user}", counting.users.unpack(state.counters), counting.users.plan.groups)
+        states = counting.users.unpack(state.counters)
+        names = await _naive(redis, f"naive:user:{user}", states, counting.users.plan.groups)
+        settled += await _at_rest(redis, f"rest:user:{user}", states, counting)
         taken += sum([int(await redis.memory_usage(n, samples=0) or 0) for n in names])
         (p,) = [p for p in range(config.store.partitions) if await redis.exists(f"{config.store.prefix}:{{{p}}}:s:{user}")]
         mine += int(await redis.memory_usage(f"{config.store.prefix}:{{{p}}}:s:{user}", samples=0) or 0)
@@ -168,10 +171,23 @@ async def against_naive(config: Config, store: RedisStore, most: int = 200) -> d
     return {
         "bytes_per_user_history": round(ours["history"]),
         "bytes_per_user_counters": round(mine / n),
+        "bytes_per_user_counters_at_rest": round(settled / n),
         "naive_bytes_per_user_counters": round(taken / n),
         "bytes_per_item_key": round(ours["item_key"]),
         "naive_bytes_per_item_key": round(item_bytes / max(1, item_keys)),
     }
+
+
+async def _at_rest(redis: Any, name: str, states: Any, counting: Counting) -> int:
+    """Bytes of a user's counters once no event is young enough for an older one to come before it (`lateness`): the road keeps those apart."""
+    records = counting.user_records
+    held = {}
+    for (number, key), state in states.items():
+        group = counting.users.plan.groups[number]
+        held[number, key] = group._settled(state.newest + group.lateness_s, state.pending, state.settled)
+    fields = {records.field(n, key): records.value(n, key, state) for (n, key), state in held.items()}
+    await redis.hset(name, mapping=fields)
+    return int(await redis.memory_usage(name, samples=0) or 0)
 
 
 async def _naive(redis: Any, prefix: str, states: Any, groups: Any) -> list[str]:
