@@ -36,7 +36,7 @@ from recsys.config import Config
 from recsys.core import canonical_id
 from recsys.data.paths import resolver
 from recsys.data.split import SplitConfig
-from recsys.errors import BundleError
+from recsys.errors import BundleError, RequestError
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import Prepared
 from recsys.prepared import prepare as prepare_data
@@ -273,15 +273,22 @@ def _judge(config: Config, steps: Recipe, console: Console) -> Report:
 # ---- answers without a service ----------------------------------------------------------------------------------------
 
 
-def recommend(config: Config, users: Sequence[str], console: Console, *, k: int = 10, version: str = "production") -> None:
-    """Print the page of each user from a published version, through the pure funnel."""
+def recommend(
+    config: Config, users: Sequence[str], console: Console, *, k: int = 10, version: str = "production", only: str | None = None
+) -> None:
+    """Print the page of each user from a published version, through the pure funnel, by the configuration's rules.
+
+    `only`: what items must hold, a JSON object as `filter` of POST /v1/recommend. RequestError for what it cannot be.
+    """
     folder = open_registry(config.place("registry")).local_copy(version)
     funnel = Funnel.load(folder)
     if faults := packing.differences(funnel, folder):
         raise BundleError(
             f"{read_manifest(folder).version} does not answer as it did when it was published: {faults[0]}. Promote another version."
         )
-    queries = funnel.queries([FunnelRequest(user_id=canonical_id(u), k=k, at=time.time()) for u in users])
+    funnel.config = funnel.config.model_copy(update={"rules": config.rules})  # as the service does
+    wanted = funnel.filters.parse(_asked(only)) if only is not None else None
+    queries = funnel.queries([FunnelRequest(user_id=canonical_id(u), k=k, at=time.time(), filter=wanted) for u in users])
     for user, items in zip(users, funnel.page(queries, funnel.recommend(queries)), strict=True):
         table = Table(
             "", "item", "title", "score", "recalled by", title=f"user {user} · {funnel.version}", title_justify="left", header_style="bold"
@@ -289,3 +296,16 @@ def recommend(config: Config, users: Sequence[str], console: Console, *, k: int 
         for n, item in enumerate(items, 1):
             table.add_row(str(n), item.item_id, item.title or "", f"{item.score:.4f}", ", ".join(item.sources))
         console.print(table)
+
+
+def _asked(only: str) -> dict[str, Any]:
+    try:
+        given = json.loads(only)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        example = '{"genres": ["Comedy"], "price": {"max": 20}}'
+        raise RequestError(
+            "wrong_type", f"'filter' is '{only[:64]}', expected a JSON object by item column, such as {example}.", field="filter"
+        )
+    return given

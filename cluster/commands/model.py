@@ -115,14 +115,20 @@ def evaluate(
 def recommend(
     users: Annotated[list[str], typer.Argument(metavar="USER...", help="Ids of users; one that nobody knows gets what is popular.")],
     config: ConfigFiles,
+    *,
     settings: Settings = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Items per user.")] = 10,
     version: Annotated[str, typer.Option("--version", help="Alias, name or number of a version.")] = "production",
+    only: Annotated[
+        str | None, typer.Option("--filter", metavar="JSON", help="What items must hold, by item column, as `filter` over HTTP.")
+    ] = None,
 ) -> None:
     """The page that a promoted version gives, computed here, without a service.
 
-    Example: rayfunnel recommend -c configs/movielens.yaml 196 nobody -k 5
+    Examples: rayfunnel recommend -c configs/movielens.yaml 196 nobody -k 5
+
+      rayfunnel recommend -c configs/movielens.yaml 196 --filter '{"genres": ["Comedy", "Drama"]}'
     """
     from cluster import pipeline
 
-    pipeline.recommend(load(config, settings), users, out, k=k, version=version)
+    pipeline.recommend(load(config, settings), users, out, k=k, version=version, only=only)

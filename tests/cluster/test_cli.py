@@ -115,7 +115,9 @@ def test_commands_pass_on_what_they_are_told(config: Path, pipeline: dict[str, A
     assert run("evaluate", "-c", config, "--protocol", "top_n", "--models", "ease, popular", "--json", "r.json").exit_code == 0
     assert pipeline["evaluate"][2] == {"protocol": "top_n", "models": ["ease", "popular"], "json": Path("r.json"), "html": None}
     assert run("recommend", "-c", config, "196", "u/ü", "-k", "5", "--version", "3").exit_code == 0
-    assert pipeline["recommend"][1:] == ([["196", "u/ü"]], {"k": 5, "version": "3"})
+    assert pipeline["recommend"][1:] == ([["196", "u/ü"]], {"k": 5, "version": "3", "only": None})
+    assert run("recommend", "-c", config, "196", "--filter", '{"genres": "Comedy"}').exit_code == 0
+    assert pipeline["recommend"][2]["only"] == '{"genres": "Comedy"}'
     assert run("tune", "-c", config, "--space", "space.yaml", "--trials", "4").exit_code == 0
     assert pipeline["tune"][1:] == ([Path("space.yaml")], {"trials": 4, "write": None})
     assert "rayfunnel promote v000002-0a1b2c3d" in flat(run("publish", "-c", config).stdout)

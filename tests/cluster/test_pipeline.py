@@ -14,11 +14,11 @@ from cluster.search import search_config, with_values
 from recsys import packing
 from recsys.config import load
 from recsys.ctr_protocol import judge_ctr
-from recsys.errors import ConfigError, DataError
+from recsys.errors import ConfigError, DataError, RequestError
 from recsys.funnel import Funnel
 from recsys.prepared import prepare
 from recsys.report_page import page
-from tests.small import config_of, recipe_of, write_data
+from tests.small import Small, config_of, recipe_of, write_data
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -159,3 +159,19 @@ def test_the_ten_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     pages = funnel.page(held_out.queries(np.arange(3)), funnel.recommend(held_out.queries(np.arange(3))))
     assert all(page for page in pages)
     assert pages[0][0].title.startswith("Thing")
+
+
+def test_pages_without_a_service_take_a_filter_as_http_does(small: Small):
+    config = small.config.model_copy(update={"registry": str(small.registry.root)})
+
+    def shown(only: str) -> str:
+        told = console()
+        pipeline.recommend(config, ["u0"], told, k=40, only=only)
+        return told.export_text()
+
+    assert "Item 1 " in shown('{"colour": "blue"}')
+    assert "Item 2 " not in shown('{"colour": "blue"}'), "even items are red"
+    with pytest.raises(RequestError, match=r"'filter' is 'colour=blue', expected a JSON object by item column, such as"):
+        shown("colour=blue")
+    with pytest.raises(RequestError, match=r"'filter.color' is no item column that can be filtered by. Did you mean 'colour'\?"):
+        shown('{"color": "blue"}')
