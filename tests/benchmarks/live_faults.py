@@ -23,7 +23,6 @@ import redis
 from rich.console import Console
 
 from deployments.serving import APPLICATION
-from deployments.store_owner import url_of
 from recsys.config import Config
 from recsys.data import event_files
 from tests.benchmarks.live_service import event, service
@@ -95,6 +94,8 @@ def _answers(store: str) -> bool:
 
 def lived(url: str, config: Config, seconds: float, say: Any) -> dict[str, Any]:
     """Load, with a harm every `seconds`; what was seen."""
+    from deployments.store_owner import url_of  # Ray reads its environment when it is first imported, and that is made by now
+
     teller, rounds, store = Teller(url), {}, url_of(config)
     teller.start()
     with crowd(url, CONNECTIONS, lambda n: f"u{n % 200}") as tally:

@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for cluster.pipeline and notes what it is asked."""
+    """Stands in for cluster.pipeline, cluster.evaluation and cluster.search, and notes what they are asked."""
     asked: dict[str, Any] = {}
 
     def noting(name: str, answer: Any = None):
@@ -57,8 +57,13 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return call
 
     module = types.ModuleType("cluster.pipeline")
-    for name in ("prepare", "evaluate", "tune", "recommend"):
+    for name in ("prepare", "recommend"):
         setattr(module, name, noting(name))
+    for name, function in (("evaluation", "evaluate"), ("search", "search_config")):
+        other = types.ModuleType(f"cluster.{name}")
+        setattr(other, function, noting(function))
+        monkeypatch.setitem(sys.modules, f"cluster.{name}", other)
+        monkeypatch.setattr(cluster, name, other, raising=False)
     module.train, module.publish = noting("train", "v000001-0a1b2c3d"), noting("publish", "v000002-0a1b2c3d")  # type: ignore[attr-defined]
     module.fails = noting  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cluster.pipeline", module)
@@ -119,7 +124,7 @@ def test_commands_pass_on_what_they_are_told(config: Path, pipeline: dict[str, A
     assert run("recommend", "-c", config, "196", "--filter", '{"genres": "Comedy"}').exit_code == 0
     assert pipeline["recommend"][2]["only"] == '{"genres": "Comedy"}'
     assert run("tune", "-c", config, "--space", "space.yaml", "--trials", "4").exit_code == 0
-    assert pipeline["tune"][1:] == ([Path("space.yaml")], {"trials": 4, "write": None})
+    assert pipeline["search_config"][1:] == ([Path("space.yaml")], {"trials": 4, "write": None})
     assert "rayfunnel promote v000002-0a1b2c3d" in flat(run("publish", "-c", config).stdout)
 
 
