@@ -1,90 +1,157 @@
-"""The batch road on Ray Data: aggregates of a log that no process holds, each key's events together in one of many parts.
+"""The batch road on Ray Data: aggregates at any instants of a log, each key's events and what is asked of them in one of many parts.
 
-A log is dealt by the hash of a key, so every part has all events of its keys and runs the batch road (`features.asof`) as it
-is. One pass per key; the columns of several keys are joined by log position.
+Events and instants are dealt by the hash of one part of a key (its user, its item, a column), so a part has all that its keys
+need and runs the batch road (`features.asof`) as it is. Groups that are dealt alike share a pass, and all passes one shuffle. A
+key of a list alone (tags) has a row in as many parts as it has values; the parts' amounts are merged before they become numbers.
+
+By this road come, where it is chosen: the scales that `prepare` fits, and the values in the examples of the fine ranker and of
+protocol ctr. Bounded is what one task holds: about `EVENTS_A_PART` events and instants, or those of one value that they are dealt
+by where it alone has more (a context of three values makes three parts), with some `BYTES` for each key and signal that the batch
+road keeps of an event. Between tasks the shuffle holds the rows, 50 bytes each for each pass, spread over Ray's processes.
+
+Still in the calling process: the log's own columns (user, item, time, event, labels, context), from which blocks are cut, the
+instants, and their answers, 8 bytes each. And still by the road of one process, over the whole log: pages that are judged offline
+(whose candidates nobody knows before they are asked), `features describe`, and the states that a bundle begins with (the
+streaming road).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import ray.data
+import pyarrow as pa
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import TextColumn as Words
 
-from recsys.data.interactions import Interactions
-from recsys.errors import ConfigError
-from recsys.features.asof import AsOf
-from recsys.features.groups import Group
-from recsys.features.inputs import AggregateInputs
+from cluster.aggregate_parts import ASK, PART, Shared, answer, blocks_of, deal, numbers_in, shared_by
+from cluster.runtime import inside_job, start_ray
+from cluster.terminal import out as terminal
+from recsys.features.asof import Asked, AsOf, Raw, Road, finished
+from recsys.features.groups import Counted, Group
+from recsys.features.tally import Ends
 
-POSITION = "position"
-_PART = "part"
+if TYPE_CHECKING:
+    from recsys.config import Config
 
-
-def as_dataset(log: Interactions, told: np.ndarray) -> Any:
-    """A log that fits in memory as a Dataset of the columns that `values` takes; larger ones are read from Parquet alike."""
-    return ray.data.from_pandas(frame_of(log, told))
-
-
-def frame_of(log: Interactions, told: np.ndarray) -> pd.DataFrame:
-    """One row per event: position, user, item (rows of the vocabularies), time, event, value, told, label:… and context:…."""
-    columns: dict[str, Any] = {POSITION: np.arange(len(log)), "told": told}
-    columns |= {name: getattr(log, name) for name in ("user", "item", "time", "event", "value")}
-    columns |= {f"label:{name}": label for name, label in log.labels.items()}
-    return pd.DataFrame(columns | {f"context:{name}": column for name, column in log.context.items()})
+log = logging.getLogger(__name__)
+EVENTS_A_PART = 1_000_000
+"""Events and instants that a task is given, on average."""
+BYTES = 40
+"""What the batch road holds of an event for one key and signal: key, row, time, amount and prefix sum, 8 bytes each."""
+LARGE_GIB = 4.0
+"""From here on aggregates are computed on Ray: below, they fit beside the log, and dealing rows costs more time than it saves."""
 
 
-def values(rows: Any, inputs: AggregateInputs, like: Interactions, group: Group, *, parts: int = 16) -> Any:
-    """A Dataset of position and the group's aggregates just before every row. `like` names the vocabularies and events.
-
-    ConfigError for a key with a list in it (tags): one row has several keys then, and cannot be dealt by them.
-    """
-    wide = [p for p in group.key if (side := inputs.columns.side_of(p)) and inputs.columns.texts[side][p].codes.shape[1] > 1]
-    dealt = [p for p in group.key if p not in wide]
-    if not dealt:
-        raise ConfigError(f"The key {list(group.key)} is a list alone, which cannot be dealt to parts. Add user or item to the key.")
-    empty = replace(like.where(np.empty(0, np.int64)), past=None)
-    names = [f.name for f in group.features]
-
-    def deal(batch: pd.DataFrame) -> pd.DataFrame:
-        return batch.assign(**{_PART: part_of(inputs, dealt, batch, parts)})
-
-    def compute(batch: pd.DataFrame) -> pd.DataFrame:
-        batch = batch.sort_values(["time", POSITION], kind="stable")
-        log = log_of(batch, empty)
-        asof = AsOf(inputs.plan, log, inputs.columns, batch["told"].to_numpy(), offset_s=inputs.config.utc_offset_s)
-        found = asof.values(asof.at_rows(np.arange(len(log))), (group,))
-        # Lists hold codes of this part alone where they are of a context; items and columns are numbered alike everywhere.
-        columns = {n: list(found[n]) if found[n].ndim > 1 else found[n] for n in names}
-        return pd.DataFrame({POSITION: batch[POSITION].to_numpy()} | columns)
-
-    dealt_rows = rows.map_batches(deal, batch_format="pandas")
-    return dealt_rows.groupby(_PART).map_groups(compute, batch_format="pandas")
+# ---- which road -------------------------------------------------------------------------------------------------------
 
 
-def part_of(inputs: AggregateInputs, dealt: Sequence[str], batch: pd.DataFrame, parts: int) -> np.ndarray:
-    """(n,) the part of each row, by what it has in common with all rows of its keys: the users, the items, or else 0."""
-    if "user" in dealt or "item" in dealt:
-        rows = batch["user" if "user" in dealt else "item"].to_numpy()
-        return np.asarray(rows % parts, np.int64)
-    for part in dealt:
-        side = inputs.columns.side_of(part)
-        if side is not None:
-            codes = inputs.columns.texts[side][part].codes[:, 0]
-            return np.asarray(codes[batch[side].to_numpy()] % parts, np.int64)
-    return np.zeros(len(batch), np.int64)
+@dataclass(frozen=True)
+class Chosen:
+    """The road for each log, as `recsys.features.asof.Roads` asks. It is read-only and holds no log, so it can be sent to workers."""
+
+    forced: bool | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Chosen:
+        """As `prepare.on_ray` says, else by size."""
+        return cls(config.prepare.on_ray)
+
+    def __call__(self, asof: AsOf) -> Road | None:
+        far, reason = on_ray(self.forced, asof)
+        log.info("aggregates %s: %s", "by key on Ray Data" if far else "in this process", reason)
+        return values if far else None
 
 
-def log_of(batch: pd.DataFrame, empty: Interactions) -> Interactions:
-    """The rows of a part as a log."""
-    columns: dict[str, Any] = {name: batch[name].to_numpy() for name in ("user", "item", "time", "event", "value")}
-    return replace(
-        empty,
-        **columns,
-        labels={name: batch[f"label:{name}"].to_numpy() for name in empty.labels},
-        context={name: batch[f"context:{name}"].to_numpy() for name in empty.context},
-        session=None,
+def on_ray(forced: bool | None, asof: AsOf) -> tuple[bool, str]:
+    """Whether a log's aggregates are computed on Ray Data, and why."""
+    if forced is not None:
+        return forced, f"prepare.on_ray is {str(forced).lower()}"
+    if _inside_task():
+        return False, "this process is a task on Ray itself, whose processors may all be taken by its like"
+    if os.environ.get("RAY_ADDRESS") or inside_job():
+        return True, "a cluster is given"
+    signals = sum(len(g.signals) for g in asof.plan.groups)
+    gib = len(asof.log) * signals * BYTES / 2**30
+    return (
+        gib >= LARGE_GIB,
+        f"{len(asof.log):,} events and {signals} signals take {gib:.1f} GiB; from {LARGE_GIB:g} GiB on Ray is worth its start",
     )
+
+
+def _inside_task() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+# ---- the road ---------------------------------------------------------------------------------------------------------
+
+
+def values(asof: AsOf, asked: Asked, groups: tuple[Group, ...]) -> Raw:
+    """`asof.values` by parts on Ray Data: equal to it, decays but for the last digits. Starts Ray where none runs."""
+    if not len(asked) or not groups:
+        return asof.values(asked, groups)
+    start_ray()  # before the first import of ray, which reads its environment then
+    import ray
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    parts = max(cpus, math.ceil((len(asof.log) + len(asked)) / EVENTS_A_PART))
+    task = shared_by(asof, groups, parts)
+    with Progress(
+        Words("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=terminal, transient=True
+    ) as bars:
+        bar = bars.add_task("aggregates by key, parts", total=parts * len(task.passes))
+        rows = [ray.put(block) for block in blocks_of(asof, asked, groups)]
+        return collected(task, asked, _dealt(rows, task).iter_batches(batch_format="pyarrow", batch_size=None), partial(bars.advance, bar))
+
+
+def _dealt(blocks: list[Any], task: Shared) -> Any:
+    """The Dataset of answers. All passes are one shuffle: each starts processes of its own."""
+    import ray.data
+
+    shared, n = ray.put(task), task.parts * len(task.passes)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours says what is done
+    rows = ray.data.from_arrow_refs(blocks).map_batches(lambda t: deal(t, ray.get(shared)), batch_format="pyarrow", batch_size=None)
+    return rows.groupby(PART, num_partitions=n).map_groups(lambda t: answer(t, ray.get(shared)), batch_format="pyarrow")
+
+
+def collected(task: Shared, asked: Asked, answers: Iterable[pa.Table], progress: Callable[[int], None]) -> Raw:
+    """The answers of all parts by instant, as numbers. `progress` is told how many parts came that had not come before."""
+    n = len(asked)
+    out: Raw = {}
+    for f in (f for one in task.passes for f in one.features):
+        out[f.name] = np.full((n, f.monoid.n) if isinstance(f.monoid, Ends) else n, np.nan)
+    merged = {f.name: [np.full(n, x) for x in (*f.nothing, -np.inf)] for one in task.passes if one.wide for f in one.features}
+    came: set[int] = set()
+    for table in answers:
+        part = table[PART].to_numpy()
+        new = set(np.unique(part).tolist()) - came
+        came |= new
+        progress(len(new))
+        for number in np.unique(part // task.parts).tolist():
+            one, mine = task.passes[number], table.filter(part // task.parts == number)
+            at, found = mine[ASK].to_numpy(), numbers_in(mine)
+            for f, x in zip(one.features, np.split(found, np.cumsum(one.widths)[:-1], axis=1), strict=True):
+                if one.wide:
+                    _merge(merged[f.name], f, at, x)
+                else:
+                    out[f.name][at] = x if isinstance(f.monoid, Ends) else x[:, 0]
+    for f in (f for one in task.passes if one.wide for f in one.features):
+        *amounts, newest = merged[f.name]
+        out[f.name] = finished(f, amounts, newest, asked.times)
+    return {f.name: out[f.name] for one in task.passes for f in one.features}
+
+
+def _merge(held: list[np.ndarray], f: Counted, at: np.ndarray, found: np.ndarray) -> None:
+    """Amounts and newest times (n, c + 1) into those held; an instant may come several times, once from each part."""
+    op = {"add": np.add, "min": np.fmin, "max": np.fmax}[f.monoid.op]
+    for c, amounts in enumerate(held[:-1]):
+        op.at(amounts, at, found[:, c])
+    np.maximum.at(held[-1], at, found[:, -1])

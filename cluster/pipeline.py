@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cluster import report_table
+from cluster.aggregate import Chosen
 from cluster.fetch import fetch as bring
 from cluster.registry import Registry, open_registry
 from cluster.runtime import start_ray
@@ -49,7 +50,20 @@ log = logging.getLogger(__name__)
 
 STATE_FORMAT = "5"
 """Part of every state folder's name: raised when what is written there changes."""
-NOT_LEARNT_FROM = {"name", "workdir", "registry", "redis_url", "serve", "evaluate", "fetch", "rerank", "retrain", "ingest", "store"}
+NOT_LEARNT_FROM = {
+    "name",
+    "workdir",
+    "registry",
+    "redis_url",
+    "serve",
+    "evaluate",
+    "fetch",
+    "prepare",
+    "rerank",
+    "retrain",
+    "ingest",
+    "store",
+}
 """Sections that change nothing in what is trained."""
 
 
@@ -100,16 +114,16 @@ def prepare(config: Config, console: Console, *, split: SplitConfig | None = Non
     key = state_key(
         _files(config), document.get("data"), split.model_dump(mode="json"), document.get("features"), *([str(like)] if like else [])
     )
-    folder = state(config, "data", key)
+    folder, roads = state(config, "data", key), Chosen.of(config)
     if (folder / "prepared.json").exists():
-        prepared = Prepared.load(folder)
+        prepared = Prepared.load(folder, roads)
         console.print(
             f"Data is up to date: {len(prepared.log):,} events of {prepared.log.n_users:,} users and {prepared.log.n_items:,} items"
         )
         return prepared, key
     start = time.perf_counter()
     with console.status("reading and cleaning the log, fitting the features"):
-        prepared = prepare_data(config, split, like)
+        prepared = prepare_data(config, split, like, roads)
         unfinished = folder.with_name(f".unfinished-{uuid.uuid4().hex[:8]}")
         unfinished.mkdir(parents=True)
         try:
@@ -125,7 +139,7 @@ def prepare(config: Config, console: Console, *, split: SplitConfig | None = Non
     for name, n in sizes.items():
         table.add_row(f"{name} (by {prepared.split.by})", f"{n:,}")
     console.print(table)
-    return Prepared.load(folder), key
+    return Prepared.load(folder, roads), key
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------

@@ -176,6 +176,14 @@ class FineRankConfig(FrozenConfig):
     """How it learns."""
 
 
+class PrepareConfig(FrozenConfig):
+    """How values of declared aggregates are computed for training."""
+
+    on_ray: bool | None = None
+    """By key on Ray Data, which holds a part of the log's counters at a time. null: where a cluster is given, or they would take more
+    than 4 GiB in one process. Either gives the same values."""
+
+
 class EvaluateConfig(FrozenConfig):
     """The offline report."""
 
@@ -213,6 +221,8 @@ class Config(Places):
     """What is held out to tune on and to judge by."""
     features: FeaturesConfig = FeaturesConfig()
     """How columns become inputs of models."""
+    prepare: PrepareConfig = PrepareConfig()
+    """How aggregates are computed for training."""
     examples: ExamplesConfig = ExamplesConfig()
     """What the rankers learn from."""
     recall: RecallConfig = RecallConfig()

@@ -199,6 +199,11 @@ class Queries:
         for name, value in state.items():
             setattr(self, name, value)
 
+    def bare(self) -> Queries:
+        """Who asks, when and in which context: without histories, exclusions and what was derived."""
+        none = np.empty((len(self), 0), np.int32)
+        return replace(self, history=none, history_times=none.astype(np.float64), exclude=none, memo={}, allowed=None)
+
     @classmethod
     def of(cls, queries: Sequence[Query], *, history_length: int) -> Self:
         """Batch queries; each history keeps its newest `history_length` events."""

@@ -22,6 +22,7 @@ from recsys.config import ExamplesConfig
 from recsys.core import UNKNOWN, Candidates, Queries, top_k
 from recsys.data.interactions import Interactions
 from recsys.evidence import EVIDENCE, evidence, unvouched
+from recsys.features.ahead import counted
 from recsys.features.schema import Field
 from recsys.funnel import Funnel
 from recsys.moments import Moments
@@ -94,10 +95,12 @@ def impression_examples(prepared: Prepared, moments: Moments, at: np.ndarray, la
     """The log's rows at positions `at` (n,), each with what was known just before and its 0/1 `label`."""
     out = _rows(prepared, moments, at)
     if (live := prepared.live) is not None:
-        out |= gathered(
-            live.query_fields(q) | {n: x[:, 0] for n, x in live.pair_fields(q, q_items[:, None]).items()}
-            for q, q_items in zip(moments.chunks(at, CHUNK), np.split(moments.log.item[at], range(CHUNK, len(at), CHUNK)), strict=True)
-        )
+
+        def lots() -> Iterator[tuple[Queries, np.ndarray]]:
+            for chunk in np.split(at, range(CHUNK, len(at), CHUNK)):
+                yield moments.bare(chunk), moments.log.item[chunk][:, None]
+
+        out |= gathered(own | {n: x[:, 0] for n, x in pairs.items()} for own, pairs in counted(live, lots))
     return out | {"user": moments.log.user[at], "item": moments.log.item[at], "label": moments.log.labels[label][at].astype(np.float32)}
 
 
@@ -132,6 +135,7 @@ def ranker_examples(
     popularity = np.bincount(moments.log.item[moments.log.positive], minlength=len(funnel.items)).astype(np.float64)
     draw = _Draw(config, popularity, np.random.default_rng(seed))
     parts: list[Columns] = []
+    lots: list[tuple[Queries, np.ndarray]] = []
     for start in range(0, len(at), CHUNK):
         chunk = at[start : start + CHUNK]
         asked = queries = moments.queries(chunk)
@@ -140,29 +144,39 @@ def ranker_examples(
             queries.memo["fields"] = funnel.space.estranged(funnel.user_fields(queries), queries, new)
             asked = replace(queries, users=np.where(new, UNKNOWN, queries.users).astype(np.int32), memo={})  # nothing was counted of them
         items, says, labels = _pairs(funnel, queries, moments.log, chunk, draw)
-        parts.append(pair_columns(funnel, queries, (items, says, labels), start, asked))
+        parts.append(_known_columns(funnel, queries, (items, says, labels), start))
+        if funnel.live is not None:
+            lots.append((asked.bare(), items))
         progress(len(chunk))
+    if funnel.live is not None:
+        for part, (_, items), (own, of_pairs) in zip(parts, lots, counted(funnel.live, lambda: lots), strict=True):
+            part.update(_of_slots(items, own, of_pairs))
     return gathered(parts)
 
 
-def pair_columns(
-    funnel: Funnel, queries: Queries, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], first: int, counted: Queries | None = None
-) -> Columns:
-    """What the fine stage sees of ((B, M) items or -1, (B, M, w) evidence, (B, M) labels), a row a pair; `moment` counts from `first`.
+def pair_columns(funnel: Funnel, queries: Queries, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], first: int) -> Columns:
+    """What the fine stage sees of ((B, M) items or -1, (B, M, w) evidence, (B, M) labels), a row a pair; `moment` counts from `first`."""
+    out = _known_columns(funnel, queries, pairs, first)
+    if funnel.live is not None:
+        out |= _of_slots(pairs[0], funnel.live.query_fields(queries), funnel.live.pair_fields(queries, pairs[0]))
+    return out
 
-    `counted` are the queries that aggregates are of, where `queries` forget some of what was known.
-    """
+
+def _known_columns(funnel: Funnel, queries: Queries, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], first: int) -> Columns:
+    """`pair_columns` without the aggregates."""
     items, says, labels = pairs
-    asked = queries if counted is None else counted
     b, n = np.nonzero(items != UNKNOWN)
     fields = {name: column[b] for name, column in funnel.user_fields(queries).items()}
     rows = items[b, n]
     fields |= {name: np.asarray(column)[rows] for name, column in funnel.item_columns.items()}
-    if funnel.live is not None:
-        fields |= {name: column[b] for name, column in funnel.live.query_fields(asked).items()}
-        fields |= {name: column[b, n] for name, column in funnel.live.pair_fields(asked, items).items()}
     pair = {EVIDENCE: says[b, n], "user": queries.users[b], "item": rows, "label": labels[b, n], "moment": (first + b).astype(np.int32)}
     return fields | pair
+
+
+def _of_slots(items: np.ndarray, own: Columns, pairs: Columns) -> Columns:
+    """Query fields (B, …) and pair fields (B, M, W) of the slots that have an item, a row a slot."""
+    b, n = np.nonzero(items != UNKNOWN)
+    return {name: column[b] for name, column in own.items()} | {name: column[b, n] for name, column in pairs.items()}
 
 
 def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, draw: _Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -50,8 +50,26 @@ class Moments:
 
     def queries(self, at: np.ndarray) -> Queries:
         """The moments just before the rows at log positions `at` (n,), each with its row's time and context."""
-        contexts: list[dict[str, Any]] = [{name: column[i] for name, column in self.log.context.items()} for i in at]
-        return self.states(self.log.user[at], at, self.log.time[at], contexts)
+        return self.states(self.log.user[at], at, self.log.time[at], self._contexts(at))
+
+    def bare(self, at: np.ndarray) -> Queries:
+        """`queries` without histories and exclusions, which cost the most of them: what aggregates are asked by."""
+        users, none = self.log.user[at], np.empty((len(at), 0), np.int32)
+        return Queries(
+            user_ids=self.log.users.outside(users),
+            users=users.astype(np.int32),
+            k=np.full(len(users), 10, np.int32),
+            at=self.log.time[at].astype(np.float64),
+            history=none,
+            history_times=none.astype(np.float64),
+            exclude=none,
+            contexts=list(self._contexts(at)),
+            profiles=[{}] * len(users),
+            positions=np.asarray(at, np.int64),
+        )
+
+    def _contexts(self, at: np.ndarray) -> list[dict[str, Any]]:
+        return [{name: column[i] for name, column in self.log.context.items()} for i in at]
 
     def chunks(self, at: np.ndarray, size: int) -> Iterator[Queries]:
         """`queries` in batches of at most `size`."""

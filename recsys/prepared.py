@@ -23,7 +23,7 @@ from recsys.data.leaks import too_good
 from recsys.data.split import Split, SplitConfig
 from recsys.errors import DataError
 from recsys.evidence import EVIDENCE
-from recsys.features.asof import AsOf
+from recsys.features.asof import AsOf, Roads, in_process
 from recsys.features.catalogue import Catalogue
 from recsys.features.generate import told
 from recsys.features.inputs import AggregateInputs, Live, LogSource
@@ -38,7 +38,7 @@ class Prepared:
     """E events of U users and I items, ready for examples.
 
     catalogue and profiles hold the values of the item and user columns; titles (I,) strings or None; told (E,) bool: rows that
-    enter a history; account: the lines of the cleaning.
+    enter a history; account: the lines of the cleaning; roads: where aggregates of many instants are computed.
     """
 
     log: Interactions
@@ -52,6 +52,7 @@ class Prepared:
     told: np.ndarray
     account: list[tuple[str, int]]
     aggregates: AggregateInputs | None = None
+    roads: Roads = in_process
 
     @cached_property
     def live(self) -> Live | None:
@@ -59,7 +60,7 @@ class Prepared:
         if self.aggregates is None:
             return None
         asof = AsOf(self.aggregates.plan, self.log, self.aggregates.columns, self.told, offset_s=self.space.config.utc_offset_s)
-        return Live(self.aggregates, LogSource(self.aggregates, asof), self.log.items)
+        return Live(self.aggregates, LogSource(self.aggregates, asof, self.roads(asof)), self.log.items)
 
     def ranked_fields(self, names: tuple[str, ...] | None) -> tuple[Field, ...]:
         """The fields that a fine ranker of these names sees, aggregates behind the others; None is all. Evidence is not among them."""
@@ -107,7 +108,7 @@ class Prepared:
         (folder / "prepared.json").write_text(json.dumps(facts, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, roads: Roads = in_process) -> Self:
         """Read what `save` wrote, memory-mapped where it can be."""
         facts = json.loads((folder / "prepared.json").read_text())
         table = load_arrow(folder / "log.arrow").combine_chunks()
@@ -142,14 +143,15 @@ class Prepared:
             columns["told"],
             [(k, v) for k, v in facts["account"]],
             AggregateInputs.load(folder / "aggregates", space) if (folder / "aggregates").exists() else None,
+            roads,
         )
 
 
-def prepare(config: Config, split: SplitConfig | None = None, like: Path | None = None) -> Prepared:
+def prepare(config: Config, split: SplitConfig | None = None, like: Path | None = None, roads: Roads = in_process) -> Prepared:
     """Load, clean, split and encode the declared data set. `split` stands in for the configuration's own (a protocol's).
 
     `like` is the features folder of a version whose scales and widths are kept, so that its models can go on from there; its
-    aggregates lie beside it.
+    aggregates lie beside it. `roads`: see Prepared.
 
     Raises DataError where files cannot be read as declared or nothing is left to learn from.
     """
@@ -176,7 +178,7 @@ def prepare(config: Config, split: SplitConfig | None = None, like: Path | None 
     if config.features.aggregates:
         gap_s = config.data.interactions.session_gap_min * 60
         tables_ = (data.users, data.items)
-        aggregates = AggregateInputs.fit(space, declared, *tables_, log, train=parts.train, told=enters, gap_s=gap_s)
+        aggregates = AggregateInputs.fit(space, declared, *tables_, log, train=parts.train, told=enters, gap_s=gap_s, roads=roads)
         if like is not None and (like.parent / "aggregates").exists():
             aggregates.keeping(like.parent / "aggregates")
         joined = aggregates.item_columns(log.n_items)
@@ -192,6 +194,7 @@ def prepare(config: Config, split: SplitConfig | None = None, like: Path | None 
         enters,
         data.account.rows(),
         aggregates,
+        roads,
     )
 
 

@@ -7,7 +7,7 @@ matrix. A property test holds it to the monoids' answers, event by event.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,18 @@ class Asked:
     def __len__(self) -> int:
         return len(self.users)
 
+    def paired(self, items: np.ndarray) -> Asked:
+        """The same instants of the pairs with items (n, N): n · N."""
+        N = items.shape[1]
+        context = {name: np.repeat(codes, N) for name, codes in self.context.items()}
+        return Asked(np.repeat(self.users, N), items.reshape(-1), np.repeat(self.times, N), np.repeat(self.rows, N), context)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Asked]) -> Asked:
+        """One behind the other; one or more."""
+        users, items, times, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("users", "items", "times", "rows"))
+        return cls(users, items, times, rows, {name: np.concatenate([p.context[name] for p in parts]) for name in parts[0].context})
+
 
 @dataclass(frozen=True)
 class _Sorted:
@@ -70,17 +82,17 @@ class AsOf:
         wanted = {p for g in self.plan.groups for p in (*g.key, *(s.of for s in g.signals))} | {
             p for a in self.plan.crosses.values() for p in a.parts
         }
-        return {
-            name: TextColumn.of([[t] if (t := spelled(v)) else [] for v in values])
-            for name, values in self.log.context.items()
-            if name in wanted
-        }
+        return {name: TextColumn.of_one(spelled(v) for v in values) for name, values in self.log.context.items() if name in wanted}
 
     def where(self, mask: np.ndarray) -> AsOf:
         """The same over the rows of `mask` (E,) bool alone; codes of context columns stay."""
         out = AsOf(self.plan, self.log.where(mask), self.columns, self.told[mask], offset_s=self.offset_s)
-        out.__dict__["context"] = {name: TextColumn(c.codes[mask], c.texts) for name, c in self.context.items()}
-        return out
+        return out.coded({name: TextColumn(c.codes[mask], c.texts) for name, c in self.context.items()})
+
+    def coded(self, context: dict[str, TextColumn]) -> AsOf:
+        """This, with the texts of its log's context columns numbered as they were in a larger log."""
+        self.__dict__["context"] = context
+        return self
 
     def at_rows(self, rows: np.ndarray) -> Asked:
         """What the log's rows at these positions ask, each just before itself; a screen's rows do not see each other."""
@@ -96,6 +108,12 @@ class AsOf:
             for f in group.features:
                 out[f.name] = self._value(f, group, codes, asked)
         return out
+
+    def tallies(self, asked: Asked, group: Group) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
+        """Per tally of a group what `values` makes its number of: merged amounts, (n,) each, and the time (n,) of the newest event, -inf
+        where there is none. Of two parts of a log that share no key, they merge."""
+        codes = self._key(group.key, asked.users, asked.items, asked.times if asked.clock is None else asked.clock, asked.context)
+        return {f.name: self._tallied(f.monoid, self._found(f, group, codes, asked), codes.shape, asked) for f in group.features}
 
     # ---- keys -----------------------------------------------------------------------------------------------------
 
@@ -194,6 +212,16 @@ class AsOf:
     # ---- values -----------------------------------------------------------------------------------------------------
 
     def _value(self, f: Counted, group: Group, codes: np.ndarray, asked: Asked) -> np.ndarray:
+        events, lo, hi = found = self._found(f, group, codes, asked)
+        if isinstance(f.monoid, Ends):
+            return runs.ends(events.amounts[:, 0], lo, hi, f.monoid.n, newest=f.monoid.newest)
+        if isinstance(f.monoid, Distinct):
+            different = runs.distinct(events.keys // (len(self.log) + 1), events.amounts[:, 0], events.cache, lo, hi)
+            return np.asarray(np.minimum(different, f.monoid.cap))
+        return finished(f, *self._tallied(f.monoid, found, codes.shape, asked), asked.times)
+
+    def _found(self, f: Counted, group: Group, codes: np.ndarray, asked: Asked) -> tuple[_Sorted, np.ndarray, np.ndarray]:
+        """The events of a signal, and the run [lo, hi) of them that each of the (n, W) keys counts, (n · W,) each."""
         events = self._events(group.key, group.signals[f.signal])
         n, W = codes.shape
         at, times, rows = codes.reshape(-1), np.repeat(asked.times, W), np.repeat(asked.rows, W)
@@ -202,20 +230,18 @@ class AsOf:
         known[known] = events.codes[number[known]] == at[known]
         number = np.where(known, number, 0)
         if not len(events.keys):
-            lo = hi = np.zeros(n * W, np.int64)
-        else:
-            lo, hi = self._run(f.monoid, events, number, times, rows)
-            lo, hi = np.where(known, lo, 0), np.where(known, hi, 0)
-        if isinstance(f.monoid, Ends):
-            return runs.ends(events.amounts[:, 0], lo, hi, f.monoid.n, newest=f.monoid.newest)
-        if isinstance(f.monoid, Distinct):
-            different = runs.distinct(events.keys // (len(self.log) + 1), events.amounts[:, 0], events.cache, lo, hi)
-            return np.asarray(np.minimum(different, f.monoid.cap))
-        amounts, last = self._amounts(f.monoid, events, lo, hi, times)
-        pooled = [runs.pooled(a.reshape(n, W), f.monoid.op) for a in amounts]
-        newest = np.where(np.isfinite(last), last, -np.inf).reshape(n, W).max(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(f.final(pooled, np.where(np.isfinite(newest), newest, np.nan), asked.times), np.float64)
+            none = np.zeros(n * W, np.int64)
+            return events, none, none
+        lo, hi = self._run(f.monoid, events, number, times, rows)
+        return events, np.where(known, lo, 0), np.where(known, hi, 0)
+
+    def _tallied(
+        self, m: Any, found: tuple[_Sorted, np.ndarray, np.ndarray], shape: tuple[int, ...], asked: Asked
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The merged amounts of each instant, (n,) each, and the time (n,) of its newest event, -inf where there is none."""
+        amounts, last = self._amounts(m, *found, np.repeat(asked.times, shape[1]))
+        newest = np.where(np.isfinite(last), last, -np.inf).reshape(shape).max(1)
+        return [runs.pooled(a.reshape(shape), m.op) for a in amounts], newest
 
     def _run(self, m: Any, events: _Sorted, number: np.ndarray, times: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """([lo, hi) of the events that each instant counts."""
@@ -260,3 +286,19 @@ class AsOf:
                     events.cache["sum", c] = np.concatenate([[0.0], np.cumsum(column)])
                 out.append(events.cache["sum", c][hi] - events.cache["sum", c][lo])
         return out, last
+
+
+def finished(f: Counted, pooled: Sequence[np.ndarray], newest: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """(n,) the raw value of a tally's merged amounts, the newest event at `newest` (-inf: none), asked at `times`."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(f.final(pooled, np.where(np.isfinite(newest), newest, np.nan), times), np.float64)
+
+
+Road = Callable[[AsOf, Asked, tuple[Group, ...]], Raw]
+"""What computes the values of groups at instants: `AsOf.values` in this process, or one that computes the same elsewhere."""
+Roads = Callable[[AsOf], Road | None]
+"""Chooses the road for a log; None: in this process."""
+
+
+def in_process(_: AsOf) -> None:
+    """The choice that needs nobody else."""

@@ -18,7 +18,7 @@ from recsys.core import Queries, Vocabulary, id_hash
 from recsys.data.columns import ColumnConfig
 from recsys.data.interactions import Interactions
 from recsys.features.aggregates import AggregateConfig
-from recsys.features.asof import Asked, AsOf, Raw
+from recsys.features.asof import Asked, AsOf, Raw, Road, Roads, in_process
 from recsys.features.encoders import Table, spelled
 from recsys.features.fitting import Frame
 from recsys.features.groups import Group, Plan, compiled
@@ -67,6 +67,7 @@ class AggregateInputs:
         train: np.ndarray,
         told: np.ndarray,
         gap_s: float,
+        roads: Roads = in_process,
     ) -> Self:
         """Priors and scales from the training rows (E,) bool of `log`; what each value was just before its row."""
         config = space.config
@@ -78,7 +79,7 @@ class AggregateInputs:
         rows = np.flatnonzero(train)
         rows = rows[:: max(1, len(rows) // MOST_FITTED)]
         asof = AsOf(out.plan, log, keys, told, offset_s=config.utc_offset_s)
-        raw = out.crossed(out.row_values(asof, rows), log.user[rows], log.item[rows])
+        raw = out.crossed(out.row_values(asof, rows, roads(asof)), log.user[rows], log.item[rows])
         for name in out.names:
             if name in raw and raw[name].ndim == 1:
                 x = _transformed(out.plan.aggregates[name].kind, raw[name])
@@ -127,10 +128,12 @@ class AggregateInputs:
 
     # ---- raw values to inputs -----------------------------------------------------------------------------------------
 
-    def row_values(self, asof: AsOf, rows: np.ndarray) -> Raw:
-        """The raw values at rows of a log, matches as shares, crosses left out."""
+    def row_values(self, asof: AsOf, rows: np.ndarray, road: Road | None = None) -> Raw:
+        """The raw values at rows of a log, matches as shares, crosses left out; by `road`, else in this process."""
         asked = asof.at_rows(rows)
-        return self.matched(asof.values(asked), lambda of: asof.value_codes(of, asked.users, asked.items, asked.context))
+        return self.matched(
+            (road or AsOf.values)(asof, asked, self.plan.groups), lambda of: asof.value_codes(of, asked.users, asked.items, asked.context)
+        )
 
     def matched(self, raw: Raw, wanted: Any) -> Raw:
         """Each match as the share of the list that has the candidate's value; `wanted(column)` gives (n,) codes, -1 none."""
@@ -284,10 +287,14 @@ class Live:
 
 @dataclass(frozen=True)
 class LogSource:
-    """Values as of instants of a log: what training and offline evaluation use."""
+    """Values as of instants of a log: what training and offline evaluation use.
+
+    `road` computes those of many instants at once elsewhere (`ahead.counted` takes it); None: all in this process.
+    """
 
     inputs: AggregateInputs
     asof: AsOf
+    road: Road | None = None
 
     def asked(self, queries: Queries) -> Asked:
         """The instants of queries: their log positions where they have them, else their times."""
@@ -303,25 +310,29 @@ class LogSource:
 
     def query_values(self, queries: Queries) -> Raw:
         """See Source."""
-        raw = self.asof.values(self.asked(queries), self.inputs.groups(pairs=False))
-        return {n: x for n, x in raw.items() if self.inputs.plan.aggregates[n].kind != "match"}
+        return self.of_queries(self.asof.values(self.asked(queries), self.inputs.groups(pairs=False)))
 
     def pair_values(self, queries: Queries, items: np.ndarray) -> Raw:
         """See Source."""
-        one, N = self.asked(queries), items.shape[1]
-        asked = Asked(
-            np.repeat(one.users, N),
-            items.reshape(-1),
-            np.repeat(one.times, N),
-            np.repeat(one.rows, N),
-            {n: np.repeat(c, N) for n, c in one.context.items()},
-        )
-        raw = self.asof.values(asked, self.inputs.groups(pairs=True))
-        matches = [n for n, a in self.inputs.plan.aggregates.items() if a.kind == "match"]
-        if matches:
+        one = self.asked(queries)
+        pairs = one.paired(items)
+        raw, lists = self.asof.values(pairs, self.inputs.groups(pairs=True)), Raw()
+        if self._matches:
             lists = self.asof.values(one, tuple(g for g in self.inputs.groups(pairs=False) if g.key == ("user",)))
-            raw |= {n: np.repeat(lists[n], N, axis=0) for n in matches}
-        return self.inputs.matched(raw, lambda of: self.asof.value_codes(of, asked.users, asked.items, asked.context))
+        return self.of_pairs(raw, lists, pairs, items.shape[1])
+
+    def of_queries(self, raw: Raw) -> Raw:
+        """What a query has of the values of the groups without an item."""
+        return {n: x for n, x in raw.items() if n not in self._matches}
+
+    def of_pairs(self, raw: Raw, of_queries: Raw, pairs: Asked, N: int) -> Raw:
+        """What pairs have: `raw` of the groups with an item, and matches with the lists of their queries, N pairs each."""
+        out = raw | {n: np.repeat(of_queries[n], N, axis=0) for n in self._matches}
+        return self.inputs.matched(out, lambda of: self.asof.value_codes(of, pairs.users, pairs.items, pairs.context))
+
+    @property
+    def _matches(self) -> list[str]:
+        return [n for n, a in self.inputs.plan.aggregates.items() if a.kind == "match"]
 
     def context_texts(self, of: str) -> Any:
         """The texts of a context column."""

@@ -42,6 +42,13 @@ class TextColumn:
                 row[slot] = known.setdefault(text, len(known))
         return cls(codes, list(known))
 
+    @classmethod
+    def of_one(cls, cells: Iterable[str]) -> Self:
+        """From each row's one text, "" where it has none; holds no list of N texts."""
+        known: dict[str, int] = {}
+        codes = np.fromiter((known.setdefault(text, len(known)) if text else -1 for text in cells), np.int32)
+        return cls(codes[:, None], list(known))
+
     def at(self, row: int) -> list[str]:
         """The texts of a row; none for -1."""
         return [self.texts[c] for c in self.codes[row] if c >= 0] if row >= 0 else []
