@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 
-from recsys import packing
+from recsys import examples, packing
 from recsys.config import load
 from recsys.data.leaks import separation
 from recsys.errors import ConfigError, DataError
@@ -174,3 +175,37 @@ def test_a_context_column_that_gives_the_answer_away_is_refused_by_its_values(tm
     config = config_of(tmp_path, "data.labels={bought: {column: bought}}", "data.impressions=true")
     with pytest.raises(DataError, match=r"context\.device orders the labels of the training rows by itself \(AUC 1\.000\)"):
         prepare(config)
+
+
+def test_examples_ask_a_road_once_for_all_their_moments_and_are_the_same(served, monkeypatch):
+    steps, _, _ = served
+    monkeypatch.setattr(examples, "CHUNK", 50)
+    asked: list[tuple[int, set[str]]] = []
+
+    def road(asof, instants, groups):
+        asked.append((len(instants), {f.name for g in groups for f in g.features}))
+        return asof.values(instants, groups)
+
+    near = steps.funnel(steps.cut.base_mask, steps.base_tower, None)
+    far = replace(near, live=replace(near.live, source=replace(near.live.source, road=road)))
+    at = steps.cut.window
+    expected, got = (
+        examples.ranker_examples(
+            funnel, steps.moments, at, steps.config.examples, seed=1, dice=examples.Dice(0.3, np.random.default_rng(0))
+        )
+        for funnel in (near, far)
+    )
+    assert {"item_n", "user_colour", "same_colour", "newest", "price_band", "where"} <= got.keys() == expected.keys()
+    for name, column in expected.items():
+        np.testing.assert_array_equal(got[name], column, err_msg=name)
+    (moments, of_users), (pairs, of_pairs) = asked
+    assert moments == len(at) > 50, "several lots, one question"
+    assert pairs == len(at) * (1 + steps.config.examples.recalled)
+    assert {"user_n", "newest", "same_colour"} <= of_users
+    assert {"item_n", "user_colour", "reach"} <= of_pairs
+
+    prepared = replace(steps.prepared, roads=lambda _: road)
+    of_rows = [examples.impression_examples(p, steps.moments, at, "positive") for p in (steps.prepared, prepared)]
+    assert [n for n, _ in asked[2:]] == [len(at), len(at)]
+    for name, column in of_rows[0].items():
+        np.testing.assert_array_equal(of_rows[1][name], column, err_msg=name)
