@@ -11,8 +11,8 @@ road keeps of an event. Between tasks the shuffle holds the rows, 50 bytes each 
 
 Still in the calling process: the log's own columns (user, item, time, event, labels, context), from which blocks are cut, the
 instants, and their answers, 8 bytes each. And still by the road of one process, over the whole log: pages that are judged offline
-(whose candidates nobody knows before they are asked), `features describe`, and the states that a bundle begins with (the
-streaming road).
+(whose candidates nobody knows before they are asked), logged pages that `retrain` learns from, `features describe`, and the
+states that a bundle begins with (the streaming road).
 """
 
 from __future__ import annotations
