@@ -30,6 +30,8 @@ class ItemHop:
     def __init__(self, held: Holding, log: EventLog, past: CatchUp) -> None:
         self._held, self._log, self._past = held, log, past
         self._publishing_s = 0.0
+        self._whole = asyncio.Lock()
+        """Held while states are ahead of the positions that say how far they count: nothing is published meanwhile."""
 
     async def step(self) -> dict[int, Exception | int]:
         """One step: per partition that changed how many keys it has, or why nothing was applied."""
@@ -52,45 +54,46 @@ class ItemHop:
             for owned in mine.values():
                 owned.items = None
             return {}
-        changed: dict[int, set[Name]] = {p: set() for p in mine}
-        sources: dict[int, dict[int, tuple[str, str]]] = {p: {} for p in mine}
-        for s, batch in batches.items():
-            entries = batch.entries
-            for taken in batch.taken:
-                try:
-                    touched = counting.of_items(taken.row)
-                except Exception:  # noqa: BLE001, S112  the first hop has put it among the dead letters
-                    continue
-                for number, key, event in touched:
-                    p = home(key, held.partitions)
-                    if p not in mine or taken.n < before[p][s][1]:
+        async with self._whole:
+            changed: dict[int, set[Name]] = {p: set() for p in mine}
+            sources: dict[int, dict[int, tuple[str, str]]] = {p: {} for p in mine}
+            for s, batch in batches.items():
+                entries = batch.entries
+                for taken in batch.taken:
+                    try:
+                        touched = counting.of_items(taken.row)
+                    except Exception:  # noqa: BLE001, S112  the first hop has put it among the dead letters
                         continue
-                    began = mine[p].since.get(counting.item_records.marks[number])
-                    if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
-                        counting.add_item(states[p], number, key, event)
-                        changed[p].add((number, key))
-            end = starts[s][1] + len(entries)
+                    for number, key, event in touched:
+                        p = home(key, held.partitions)
+                        if p not in mine or taken.n < before[p][s][1]:
+                            continue
+                        began = mine[p].since.get(counting.item_records.marks[number])
+                        if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
+                            counting.add_item(states[p], number, key, event)
+                            changed[p].add((number, key))
+                end = starts[s][1] + len(entries)
+                for p, owned in mine.items():
+                    if before[p][s][1] < end:
+                        sources[p][s] = (owned.sources.get(s, ""), f"{entries[-1].position} {end}")
+            steps = []
             for p, owned in mine.items():
-                if before[p][s][1] < end:
-                    sources[p][s] = (owned.sources.get(s, ""), f"{entries[-1].position} {end}")
-        steps = []
-        for p, owned in mine.items():
-            if sources[p] or owned.rewrite or not owned.since_told:
-                names = list(states[p]) if owned.rewrite else changed[p]
-                change = counting.item_change(states[p], names, held.config.ingest.item_keys)
-                since = "" if owned.since_told else packed_since(owned.since)
-                steps.append(ItemStep(p, owned.claim.epoch, sources[p], change.fields, [*change.gone, *owned.stale], since))
-        out: dict[int, Exception | int] = {}
-        for step, answer in zip(steps, await held.store.count(steps) if steps else [], strict=True):
-            out[step.partition] = answer
-            owned = mine[step.partition]
-            if isinstance(answer, Exception):
-                owned.items = None  # what we hold may be ahead of the store
-                continue
-            owned.sources |= {s: after for s, (_, after) in step.sources.items()}
-            owned.rewrite, owned.since_told = answer < len(states[step.partition]), True
-            owned.stale = []
-        return out
+                if sources[p] or owned.rewrite or not owned.since_told:
+                    names = list(states[p]) if owned.rewrite else changed[p]
+                    change = counting.item_change(states[p], names, held.config.ingest.item_keys)
+                    since = "" if owned.since_told else packed_since(owned.since)
+                    steps.append(ItemStep(p, owned.claim.epoch, sources[p], change.fields, [*change.gone, *owned.stale], since))
+            out: dict[int, Exception | int] = {}
+            for step, answer in zip(steps, await held.store.count(steps) if steps else [], strict=True):
+                out[step.partition] = answer
+                owned = mine[step.partition]
+                if isinstance(answer, Exception):
+                    owned.items = None  # what we hold may be ahead of the store
+                    continue
+                owned.sources |= {s: after for s, (_, after) in step.sources.items()}
+                owned.rewrite, owned.since_told = answer < len(states[step.partition]), True
+                owned.stale = []
+            return out
 
     async def _read(self, partition: int, owned: Owned) -> None:
         held, counting = self._held, self._held.counting
@@ -123,7 +126,8 @@ class ItemHop:
         held, every = self._held, self._held.config.ingest.snapshot_every_s
         every *= max(1, math.ceil(10 * self._publishing_s / every))
         at = math.floor(await held.store.now() / every) * every
-        due = [(p, o, dict(o.items), self._counted(o)) for p, o in held.owned.items() if o.items is not None and o.published < at]
+        async with self._whole:
+            due = [(p, o, dict(o.items), self._counted(o)) for p, o in held.owned.items() if o.items is not None and o.published < at]
         plan, began = held.counting.items.plan, time.monotonic()
         for p, owned, states, counted in due:
             value = await asyncio.to_thread(packed_snapshot, plan, states, at, counted)

@@ -324,6 +324,37 @@ def test_snapshots_give_rankers_the_values_of_the_item_side(url, tmp_path):
     assert abs(at - time.time()) < 60
 
 
+def test_a_snapshot_says_how_far_it_counts_also_when_it_is_due_in_the_middle_of_a_step(url, tmp_path):
+    config = config_of(tmp_path, snapshot_every_s=0.01, batch=1_000)
+
+    async def scenario():
+        events = some_events(260)
+        await told(config, url, events[:200])
+        ingest = Ingest(config, url, load)
+        await drained(ingest)
+        await told(config, url, events[200:])
+        while await ingest.count_users():
+            pass
+        count, due = ingest.held.store.count, []
+
+        async def slow(steps):
+            due.append(asyncio.create_task(ingest.publish()))  # the states hold the 60 new events, the positions do not yet
+            await asyncio.sleep(0.1)
+            return await count(steps)
+
+        ingest.held.store.count = slow
+        await ingest.count_items()
+        assert [await task for task in due] == [3]
+        await ingest.close()
+        redis = connected(url)
+        reader = SnapshotReader(redis, config.store.prefix, 3)
+        await reader.read()
+        await redis.aclose()
+        return [sum(part.counted) for part in reader.parts.values()]
+
+    assert asyncio.run(scenario()) == [260, 260, 260]
+
+
 def columns_of(part, _width):
     """(items, amounts) of what is trending."""
     declared = {digest(g) for g in PLAN.groups}
