@@ -18,10 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster import pipeline, report_table
+from cluster import report_table
 from cluster.runtime import inside_job, start_ray
+from cluster.steps import prepare, recipe
+from cluster.trainers import trainer
+from cluster.workdir import state, state_key
 from recsys import contenders as who_is
-from recsys.batches import Examples
 from recsys.config import ChannelConfig, Config, Protocol
 from recsys.contenders import Contenders, Fits, assemble, contenders
 from recsys.ctr_protocol import judge_ctr
@@ -30,14 +32,12 @@ from recsys.data.negatives import read_negatives
 from recsys.data.paths import resolver
 from recsys.data.split import SplitConfig
 from recsys.evaluate import DEPTH, judge_here, report, users_of_items
-from recsys.export import save_model
 from recsys.held_out import HeldOut, against_given
 from recsys.judging import Judge, Judged, tasks
 from recsys.prepared import Prepared
 from recsys.recipe import Recipe
 from recsys.report import Report, mean_over_seeds
 from recsys.report_page import page
-from recsys.training import ModelConfig, TrainingConfig, describe, train_locally
 
 log = logging.getLogger(__name__)
 LARGE = 2_000_000
@@ -136,7 +136,7 @@ def _reports(config: Config, console: Console, protocol: Protocol | None, models
         if n > 1:
             console.print(f"[dim]split {seed - first.seed + 1} of {n}, seed {seed}[/]", highlight=False)
         split = first.model_copy(update={"seed": seed})
-        steps, _ = pipeline.recipe(config, console, split=split, in_process=lambda p: not on_ray(config, p)[0])
+        steps, _ = recipe(config, console, split=split, in_process=lambda p: not on_ray(config, p)[0])
         wanted = protocol_for(config, steps.prepared, protocol)
         held_out = held_out_of(config, steps, wanted)
         reports.append(judge(config, steps, held_out, console, protocol=wanted, models=models))
@@ -183,13 +183,13 @@ def _fitted(steps: Recipe, who: Contenders, held_out: HeldOut, width: int, *, fa
 
 
 def _ctr(config: Config, console: Console, models: Sequence[str] | None) -> dict[str, Any]:
-    prepared, data_key = pipeline.prepare(config, console)
+    prepared, data_key = prepare(config, console)
     far = on_ray(config, prepared)[0]
     document = config.document()
-    key = pipeline.state_key(data_key, document.get("fine_rank"), document.get("seed"))
-    runs = pipeline.state(config, "runs", key)
-    train = pipeline.trainer(console, str(runs), in_process=not far)
-    return judge_ctr(config, prepared, pipeline.state(config, "examples", key) / "ctr", train, models=models)
+    key = state_key(data_key, document.get("fine_rank"), document.get("seed"))
+    runs = state(config, "runs", key)
+    train = trainer(console, str(runs), in_process=not far)
+    return judge_ctr(config, prepared, state(config, "examples", key) / "ctr", train, models=models)
 
 
 # ---- here or on Ray ---------------------------------------------------------------------------------------------------
@@ -257,20 +257,3 @@ def judge_on_ray(judge: Judge, held_out: HeldOut, progress: Callable[[int], None
 
 def _judge_task(judge: Judge, task: Any) -> Judged:
     return judge(task)
-
-
-# ---- training in this process -----------------------------------------------------------------------------------------
-
-
-def train_here(console: Console, storage: Path, examples: Path, model: ModelConfig, training: TrainingConfig, *, name: str) -> Path:
-    """One model in this process, with a live bar; a finished run of this name, on Ray or here, is taken as it is."""
-    finished, folder = storage / name / "model", storage / "in-process" / name
-    for done in (finished, folder):
-        if (done / "model.json").exists():
-            return done
-    opened = Examples(examples)
-    with pipeline.training_bar(console, name) as tell:
-        trained, fitted = train_locally(opened, model, training, progress=tell)
-    save_model(folder, trained.state_dict(), describe(model, opened, fitted))
-    pipeline.tell_trained(console, name, fitted.best_epoch, len(fitted.epochs), fitted.metrics)
-    return folder

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cluster import pipeline
+from cluster.steps import prepare
 from recsys.config import Config
 from recsys.errors import ConfigError
 from recsys.features.aggregates import AggregateConfig
@@ -33,7 +33,7 @@ def describe(config: Config, console: Console) -> list[dict[str, Any]]:
         raise ConfigError(
             "features.aggregates declares nothing to describe. Declare one, such as `item_ctr: {kind: rate, key: item, window: 7d}`."
         )
-    prepared, _ = pipeline.prepare(config, console)
+    prepared, _ = prepare(config, console)
     rows = described(prepared)
     table = Table(
         *("feature", "kind", "key", "window", "of", "coverage", "p10", "median", "p90", "newest event", "keys", "bytes/key"),

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from cluster import pipeline
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from cluster.retrain import taken_by
+from cluster.steps import fetch
 from recsys import impressions
 from recsys.config import Config
 from recsys.core import canonical_id
@@ -48,7 +48,7 @@ def recomputed(config: Config, console: Console, *, folder: str | None, events: 
     """Every logged value once more from the log, printed by feature."""
     shown = impressions.read(folder or f"{config.root}/impressions")
     root = events or config.place("events")
-    pipeline.fetch(config, console)
+    fetch(config, console)
     # A version that was trained on the log alone has pages from before the first event came in.
     came_in = live_log.read(root)
     data = config.data.model_copy(update={"interactions": config.data.interactions.model_copy(update={"live": str(Path(root).absolute())})})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.event_log import Entry
 from cluster.redis_store import RedisStore
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.features.store import NewEvent, StoreConfig, partition_of, to_record
 from recsys.ingest_config import KafkaLogConfig
 

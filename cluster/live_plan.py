@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from cluster.taken import covered
 from recsys.config import Config
 from recsys.core import Vocabulary

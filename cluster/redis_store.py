@@ -29,7 +29,7 @@ from redis.backoff import NoBackoff
 
 from cluster.redis_cluster import client_of, clustered, is_cluster
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.features.store import (
     AppendResult,
     LoggedEvent,

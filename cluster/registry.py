@@ -276,12 +276,3 @@ def _why(error: OSError, root: Path) -> str:
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return f"No permission to change the registry '{root}' ({error}). Change its owner, or set another registry or workdir."
     return f"The registry '{root}' could not be changed ({error}). Nothing was changed."
-
-
-def open_registry(location: str | Path, *, cache: Path | None = None) -> Registry:
-    """The registry at a folder or URI. `cache` is where a URI's versions are copied to (default: the user's cache folder)."""
-    if "://" not in str(location) or str(location).startswith("file://"):
-        return Registry(str(location).removeprefix("file://"))
-    from cluster.remote_registry import RemoteRegistry
-
-    return RemoteRegistry(str(location), cache)

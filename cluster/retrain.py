@@ -21,9 +21,13 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 
-from cluster import evaluation, pipeline
-from cluster.registry import Registry, open_registry
+from cluster import evaluation
+from cluster.registry import Registry
+from cluster.registry_url import open_registry
+from cluster.steps import fetch, prepare
 from cluster.taken import TAKEN, Positions, Taken, taken_in
+from cluster.trainers import say, trainer
+from cluster.workdir import NOT_LEARNT_FROM, state, state_key
 from recsys import impressions, packing
 from recsys.config import Config
 from recsys.continued import Continued
@@ -96,10 +100,10 @@ def retrain(
         sentence = f"{same} has taken these {len(new):,} events already" + (" and is production now" if promote else "")
         return done(same, promoted=promote, new=len(new), warm=False, verdict=None, sentence=sentence)
 
-    pipeline.fetch(config, console)
+    fetch(config, console)
     config, cut = _with_live(config, held, new)
     folder = registry.local_copy(serving)
-    prepared, data_key = pipeline.prepare(config, console, split=cut, like=None if anew else folder / "features")
+    prepared, data_key = prepare(config, console, split=cut, like=None if anew else folder / "features")
     to_follow = Serving(serving, folder, _fresh(prepared, new, folder), _pages(config, prepared, held))
     steps, warm, why = _steps(config, prepared, data_key, to_follow, console, anew=anew)
     console.print(
@@ -155,8 +159,8 @@ def _published(registry: Registry, serving: str, ends: Positions) -> str | None:
 
 def _with_live(config: Config, held: pa.Table, new: pa.Table) -> tuple[Config, SplitConfig]:
     """The configuration whose log goes on with these events, frozen in a file of the state; and the cuts among the new ones."""
-    digest = pipeline.state_key(*(held[name].to_pylist() for name in ("partition", "position", "event_id")))
-    folder = pipeline.state(config, "data", f"live-{digest}")
+    digest = state_key(*(held[name].to_pylist() for name in ("partition", "position", "event_id")))
+    folder = state(config, "data", f"live-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "events.parquet"
     if not file.exists():
@@ -226,22 +230,22 @@ def _steps(
 ) -> tuple[Recipe, bool, str]:
     """The recipe in force: it goes on from the serving version where that can be; else it begins anew, and why."""
     fresh = serving.fresh
-    document = {k: v for k, v in config.document().items() if k not in pipeline.NOT_LEARNT_FROM}
-    say = partial(pipeline._say, console)
+    document = {k: v for k, v in config.document().items() if k not in NOT_LEARNT_FROM}
+    tell = partial(say, console)
     far = evaluation.on_ray(config, prepared)[0]
 
     def places(*more: str) -> tuple[Path, str]:
-        key = pipeline.state_key(data_key, document, config.retrain.model_dump(mode="json"), *more)
-        storage = f"{config.root}/runs/{key}" if "://" in config.root else str(pipeline.state(config, "runs", key))
-        return pipeline.state(config, "examples", key), storage
+        key = state_key(data_key, document, config.retrain.model_dump(mode="json"), *more)
+        storage = f"{config.root}/runs/{key}" if "://" in config.root else str(state(config, "runs", key))
+        return state(config, "examples", key), storage
 
     examples, storage = places(serving.version)
     warm = Continued(
         config,
         prepared,
         examples,
-        pipeline.trainer(console, storage, in_process=not far),
-        say,
+        trainer(console, storage, in_process=not far),
+        tell,
         start=serving.folder,
         fresh=fresh,
         pages=serving.pages,
@@ -251,10 +255,10 @@ def _steps(
         why = "none of the new events before the held-out ones is a positive"
     if why is None:
         new = ", ".join(f"{n:,} of {table}" for table, n in warm.newcomers().items())
-        say(f"tables grow by {new}" if new else "every id is known already")
+        tell(f"tables grow by {new}" if new else "every id is known already")
         return warm, True, ""
     examples, storage = places()
-    return Recipe(config, prepared, examples, pipeline.trainer(console, storage, in_process=not far), say), False, why
+    return Recipe(config, prepared, examples, trainer(console, storage, in_process=not far), tell), False, why
 
 
 def _judged(config: Config, steps: Recipe, serving: Serving, console: Console) -> Verdict:

@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cluster import pipeline
 from cluster.runtime import start_ray
+from cluster.steps import fetch, prepare
+from cluster.workdir import NOT_LEARNT_FROM, state, state_key
 from recsys.batches import Examples
 from recsys.config import Config
 from recsys.errors import ConfigError
@@ -46,12 +47,12 @@ def search_config(
     space = load_space(space_file)
     space = space if trials is None else space.model_copy(update={"trials": trials})
     model = _model_of(space.metric)
-    pipeline.fetch(config, console)
+    fetch(config, console)
     document, base = config.document() | {"workdir": config.root}, config.base
     now = {path: _value_at(config, path) for path in space.parameters}
     for path, value in now.items():
         with_values(document, base, {path: value})  # a path that does not exist is a fault here, not in every trial
-    prepared, _ = pipeline.prepare(config, console)
+    prepared, _ = prepare(config, console)
     sizes = f"{len(prepared.log):,} events"
 
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bars:
@@ -63,7 +64,7 @@ def search_config(
                 description=f"{space.metric} {trial.metrics.get(space.metric, float('nan')):.4f} after {trial.epochs} epochs: {_shown(trial.values)}",
             )
 
-        key = pipeline.state_key(space.model_dump(mode="json"), document)
+        key = state_key(space.model_dump(mode="json"), document)
         found = search(
             space,
             lambda values, report: _trial(document, base, model, values, report),
@@ -141,10 +142,10 @@ def _trial(
     torch.set_num_threads(1)
     config = with_values(document, base, values)
     prepared, data_key = _prepared(config)
-    shared = {k: v for k, v in config.document().items() if k not in pipeline.NOT_LEARNT_FROM}
+    shared = {k: v for k, v in config.document().items() if k not in NOT_LEARNT_FROM}
     shared[model] = {k: v for k, v in shared.get(model, {}).items() if k not in TRIED_APART}
     granule = getattr(config, model).training.granule
-    folder = pipeline.state(config, "examples", pipeline.state_key("trial", data_key, shared, granule))
+    folder = state(config, "examples", state_key("trial", data_key, shared, granule))
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")  # trials share what comes before the model; the first one makes it
 
@@ -171,7 +172,7 @@ def _prepared(config: Config) -> tuple[Prepared, str]:
     lock = Path(config.root) / "data" / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        return pipeline.prepare(config, quiet)
+        return prepare(config, quiet)
 
 
 def _reporting(report: Callable[[Mapping[str, float]], None]) -> Callable[[Report], None]:

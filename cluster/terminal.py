@@ -72,7 +72,7 @@ def load(files: Sequence[Path], settings: Sequence[str] | None) -> Config:
 
 def registry(files: Sequence[Path], settings: Sequence[str] | None) -> Registry:
     """The registry of a configuration, of which nothing but names and places is read: it opens in a second."""
-    from cluster.registry import open_registry
+    from cluster.registry_url import open_registry
     from cluster.runtime import refuse_relative_workdir
     from recsys.config_file import read_as
     from recsys.places import OnlyPlaces

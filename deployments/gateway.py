@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.ingest_run import IngestStatus
 from cluster.kafka_log import feature_store
 from cluster.redis_items import RedisItemLog
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from deployments.edge import Edge
 from deployments.impressions import ImpressionLog
 from deployments.ladder import StageCall

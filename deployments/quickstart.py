@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import pipeline
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from cluster.runtime import serving_environment, start_ray
+from cluster.steps import fetch
 from deployments.serving import check_port, cpus_for, running, until_interrupted
 from recsys.config import Config
 from recsys.funnel import Funnel
@@ -30,7 +31,7 @@ def tour(config: Config, console: Console, *, stay: bool) -> None:
     check_port(config.serve)  # before minutes of training, not after
     # Training starts Ray, and serving needs its environment in it from the start.
     start_ray(num_cpus=cpus_for(config), env=serving_environment(config.serve))
-    pipeline.fetch(config, console)
+    fetch(config, console)
     version = pipeline.train(config, console)
     registry = open_registry(config.place("registry"))
     if registry.aliases().get("production") != version:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, TypeVar
 
 from cluster.redis_items import RedisItemLog
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from deployments.live_items import ItemsFollower
 from deployments.resilience import Deadline
 from deployments.rollout import Rollout, loader

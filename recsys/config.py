@@ -27,7 +27,7 @@ from recsys.data.split import SplitConfig
 from recsys.errors import ConfigError
 from recsys.evidence import EVIDENCE
 from recsys.features.aggregates import faults
-from recsys.features.schema import FeaturesConfig, HistoryConfig
+from recsys.features.declaration import FeaturesConfig, HistoryConfig
 from recsys.features.store import StoreConfig
 from recsys.ingest_config import IngestConfig
 from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig

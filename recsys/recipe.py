@@ -7,7 +7,7 @@
                                                       would be; else on train alone, as the published protocols have it
 
 For production the channels and the two-tower are refitted once more on everything; the fine ranker stays.
-How a model is trained is handed in: on Ray by `cluster.pipeline`, in this process by tests and by the search.
+How a model is trained is handed in: on Ray by `cluster.trainers`, in this process by tests and by the search.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from recsys.errors import StoreError
+from recsys.features.declaration import HistoryConfig
 from recsys.features.generate import Event, Instant, LastN
-from recsys.features.schema import HistoryConfig
 from recsys.features.store import FeatureStore, NewEvent, StoreConfig, StoredEvent, event_identity, partition_of
 
 Scenario = Callable[[FeatureStore], Awaitable[None]]

@@ -85,6 +85,6 @@ def prepare(config: ConfigFiles, settings: Settings = None) -> None:
 
     Example: rayfunnel prepare -c configs/movielens.yaml
     """
-    from cluster import pipeline
+    from cluster import steps
 
-    pipeline.prepare(load(config, settings), out)
+    steps.prepare(load(config, settings), out)

@@ -15,12 +15,12 @@ from recsys.core import Vocabulary
 from recsys.data.sources import DataConfig
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.covered import Covered
+from recsys.features.declaration import HistoryConfig
 from recsys.features.generate import Event
 from recsys.features.groups import GroupState, Plan, Row, compiled
 from recsys.features.keys import KeyColumns
 from recsys.features.live_rows import row_reader
 from recsys.features.records import Records, joined, parted
-from recsys.features.schema import HistoryConfig
 from recsys.features.store import NewEvent, partition_of
 from recsys.features.stream import MOST_KEYS, Key, States, Stream
 

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from recsys.core import Vocabulary
 from recsys.data.columns import ColumnConfig, Kind
 from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, DataError
+from recsys.features.declaration import FeaturesConfig
 from recsys.features.encoders import (
     MOST_VALUES,
     Bins,
@@ -32,9 +33,6 @@ from recsys.features.encoders import (
     spelled,
     splitter,
 )
-
-if TYPE_CHECKING:
-    from recsys.features.schema import FeaturesConfig
 
 Declared = Mapping[str, Mapping[str, ColumnConfig]]
 Frame = pd.DataFrame | Mapping[str, Any]

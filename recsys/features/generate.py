@@ -18,7 +18,7 @@ import numpy as np
 
 from recsys.core import UNKNOWN
 from recsys.data.interactions import Interactions
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 
 S = TypeVar("S")
 V_co = TypeVar("V_co", covariant=True)

@@ -19,11 +19,12 @@ from recsys.data.columns import ColumnConfig
 from recsys.data.interactions import Interactions
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import Asked, AsOf, Raw, Road, Roads, in_process
+from recsys.features.declaration import FeaturesConfig
 from recsys.features.encoders import Table, spelled
 from recsys.features.fitting import Frame
 from recsys.features.groups import Group, Plan, compiled
 from recsys.features.keys import KeyColumns
-from recsys.features.schema import FeaturesConfig, FeatureSpace, Field
+from recsys.features.schema import FeatureSpace, Field
 
 MOST_FITTED = 100_000
 """Rows of the training log that scales are taken from, evenly spread."""

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 
 from recsys.data.sources import DataConfig, LabelConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.features.groups import Row
-from recsys.features.schema import HistoryConfig
 from recsys.features.store import NewEvent
 
 IMPRESSION = "impression"

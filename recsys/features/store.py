@@ -20,7 +20,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from recsys.core import FrozenConfig, id_hash
 from recsys.errors import StoreError
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 
 
 class StoreConfig(FrozenConfig):

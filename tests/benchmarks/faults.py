@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from deployments.serving import APPLICATION, wait_until_ready
 from recsys.config import load
 from recsys.funnel import STAGES, Funnel, FunnelRequest

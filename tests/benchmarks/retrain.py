@@ -19,10 +19,10 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from cluster import pipeline
 from cluster.fetch import fetch
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from cluster.retrain import Retrained, retrain
+from cluster.steps import recipe
 from recsys import packing
 from recsys.config import Config, load
 from recsys.errors import RetrainRefusedError
@@ -59,7 +59,7 @@ def measured(*, quick: bool, console: Console) -> dict[str, Any]:
     try:
         config = first_version(scratch, quick=quick)
         began = time.perf_counter()
-        steps, _ = pipeline.recipe(config, console, in_process=lambda _: True)
+        steps, _ = recipe(config, console, in_process=lambda _: True)
         registry = open_registry(config.place("registry"))
         final = steps.final()
         first = registry.publish(lambda folder: packing.pack(final, folder, tower=steps.final_tower, ranker=steps.ranker))

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from cluster.embedded import EmbeddedValkey
 from cluster.redis_store import RedisStore
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from deployments.serving import wait_until_ready
 from recsys.config import Config, load
 from recsys.features.store import NewEvent

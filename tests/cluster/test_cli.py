@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for cluster.pipeline, cluster.evaluation and cluster.search, and notes what they are asked."""
+    """Stands in for what the commands call (cluster.pipeline, steps, evaluation, search), and notes what they are asked."""
     asked: dict[str, Any] = {}
 
     def noting(name: str, answer: Any = None):
@@ -57,9 +57,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return call
 
     module = types.ModuleType("cluster.pipeline")
-    for name in ("prepare", "recommend"):
-        setattr(module, name, noting(name))
-    for name, function in (("evaluation", "evaluate"), ("search", "search_config")):
+    module.recommend = noting("recommend")  # type: ignore[attr-defined]
+    for name, function in (("steps", "prepare"), ("evaluation", "evaluate"), ("search", "search_config")):
         other = types.ModuleType(f"cluster.{name}")
         setattr(other, function, noting(function))
         monkeypatch.setitem(sys.modules, f"cluster.{name}", other)
@@ -164,8 +163,8 @@ def test_control_c_says_stopped(config: Path, pipeline: dict[str, Any]) -> None:
 
 
 def test_a_file_that_nobody_may_write_is_named(config: Path, pipeline: dict[str, Any]) -> None:
-    pipeline["module"].prepare = pipeline["module"].fails("prepare", PermissionError(13, "Permission denied", "/work/data"))
-    result = run("prepare", "-c", config)
+    pipeline["module"].train = pipeline["module"].fails("train", PermissionError(13, "Permission denied", "/work/data"))
+    result = run("train", "-c", config)
     assert result.exit_code == 2
     assert result.stderr == "'/work/data' cannot be used: Permission denied. Check that it exists and who may read or write it.\n"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import Registry, open_registry
+from cluster.registry import Registry
+from cluster.registry_url import open_registry
 from recsys import packing
 from recsys.config import Config, load
 from recsys.errors import DataError

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from cluster import evaluation, pipeline
-from cluster.registry import open_registry
+from cluster.registry_url import open_registry
 from cluster.search import search_config, with_values
+from cluster.steps import prepare as prepare_in_workdir
 from recsys import packing
 from recsys.config import load
 from recsys.ctr_protocol import judge_ctr
@@ -88,14 +89,14 @@ def test_a_search_space_with_an_unknown_metric_or_path_is_refused(small):
 def test_state_is_named_by_what_made_it(tmp_path):
     write_data(tmp_path)
     config = config_of(tmp_path)
-    _, key = pipeline.prepare(config, console())
+    _, key = prepare_in_workdir(config, console())
     again = console()
-    assert pipeline.prepare(config, again)[1] == key
+    assert prepare_in_workdir(config, again)[1] == key
     assert "up to date" in again.export_text()
     with (tmp_path / "log.csv").open("a") as log:
         log.write("u0,i39,1700500000,web\n")
-    assert pipeline.prepare(config, console())[1] != key
-    assert pipeline.prepare(config_of(tmp_path, "features.dim=4"), console())[1] != key
+    assert prepare_in_workdir(config, console())[1] != key
+    assert prepare_in_workdir(config_of(tmp_path, "features.dim=4"), console())[1] != key
 
 
 def test_ctr_ranks_the_logs_own_rows(tmp_path):

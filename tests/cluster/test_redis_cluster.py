@@ -23,7 +23,7 @@ from cluster.redis_store import RedisStore, connected, redacted
 from cluster.snapshots import SnapshotReader
 from recsys.data import event_files
 from recsys.errors import ConfigError, StoreUnavailableError
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.features.store import StoreConfig
 from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, told
 from tests.cluster.test_redis_items import ItemLogContract

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from cluster.embedded import EmbeddedValkey
 from cluster.redis_store import PASSWORD_VARIABLE, RedisStore, redacted
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.features.store import StoreConfig, partition_of
 from tests.contracts_store import FeatureStoreContract, event, items_of, whole_log
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cluster.registry import Registry, open_registry
+from cluster.registry import Registry
+from cluster.registry_url import open_registry
 from cluster.remote_registry import RemoteRegistry
 from recsys.errors import BundleError
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from recsys.core import Vocabulary
 from recsys.data.interactions import CSR, Interactions
+from recsys.features.declaration import HistoryConfig
 from recsys.features.generate import DecayedCount, Event, Histories, Instant, LastN, Rate, WindowCount, histories, scan, screen, told
-from recsys.features.schema import HistoryConfig
 
 HOUR = 3600.0
 MONOIDS = [

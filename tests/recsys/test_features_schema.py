@@ -13,7 +13,8 @@ from recsys.core import Queries, Query, Vocabulary
 from recsys.data.columns import ColumnConfig
 from recsys.data.interactions import CSR, Interactions
 from recsys.errors import BundleError, ConfigError, DataError
-from recsys.features.schema import FeaturesConfig, FeatureSpace, Field, HistoryConfig, IdConfig
+from recsys.features.declaration import FeaturesConfig, HistoryConfig, IdConfig
+from recsys.features.schema import FeatureSpace, Field
 
 USERS = pd.DataFrame({"age": [17, 200, 30, 64], "country": ["cn", None, "us", "cn"], "income": [1.0, 3.0, np.nan, 1000.0]})
 ITEMS = pd.DataFrame(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from recsys.features.schema import HistoryConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.features.store import MemoryStore, StoreConfig, event_identity, partition_of
 from tests.contracts_store import FeatureStoreContract, event
 

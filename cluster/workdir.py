@@ -1,0 +1,62 @@
+"""The folders of a workdir, each named by what made its content.
+
+A change of data, of the code's version or of a key that matters gives another folder, so nothing stale is ever reused and
+nothing has to be deleted by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from recsys.config import Config
+from recsys.data.paths import resolver
+
+STATE_FORMAT = "5"
+"""Part of every state folder's name: raised when what is written there changes."""
+NOT_LEARNT_FROM = {
+    "name",
+    "workdir",
+    "registry",
+    "redis_url",
+    "serve",
+    "evaluate",
+    "fetch",
+    "prepare",
+    "rerank",
+    "retrain",
+    "ingest",
+    "store",
+}
+"""Sections that change nothing in what is trained."""
+
+
+def state_key(*parts: Any) -> str:
+    """16 hexadecimal digits that name these parts, whatever JSON can write."""
+    return hashlib.sha256(json.dumps([STATE_FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def input_files(config: Config) -> list[tuple[str, int, int]]:
+    """(path, size, time of change) of every input file that lies on this machine."""
+    data, resolve = config.data, resolver(config.base)
+    paths = [path for path, _ in data.interactions.files()]
+    paths += [p for t in (data.items, data.users) if t is not None for p in ((t.path,) if isinstance(t.path, str) else t.path)]
+    paths += [data.history.path] if data.history is not None else []
+    live = [] if data.interactions.live is None else [resolve(data.interactions.live)]
+    live += [p for folder in live for p in sorted(folder.rglob("*"))]
+    found = []
+    for path in (*map(resolve, paths), *live):
+        stat = os.stat(path) if os.path.exists(path) else None  # noqa: PTH110, PTH116 - it may be a URI
+        found.append((str(path), stat.st_size if stat else -1, stat.st_mtime_ns if stat else -1))
+    return found
+
+
+def state(config: Config, part: Literal["data", "examples", "runs"], key: str) -> Path:
+    """A local folder of the workdir; for a workdir that is a URI, one of this machine's temporary folder."""
+    if "://" in config.root:
+        return Path(tempfile.gettempdir()) / f"rayfunnel-{state_key(config.root)}" / part / key
+    return Path(config.place(part)) / key
