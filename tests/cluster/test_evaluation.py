@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cluster import evaluation, report_table
+from cluster import evaluation, report_table, trainers
 from recsys.baselines import NAMES
 from recsys.config import Config, load
 from recsys.contenders import assemble, contenders, fit_here
@@ -185,7 +185,7 @@ def test_a_model_that_was_trained_before_is_not_trained_again(small: Small, tmp_
     done.mkdir(parents=True)
     (done / "model.json").write_text("{}")
     section = small.config.two_tower
-    trained = evaluation.train_here(console(), tmp_path, tmp_path / "nothing", section.model, section.training, name="two_tower")
+    trained = trainers.train_here(console(), tmp_path, tmp_path / "nothing", section.model, section.training, name="two_tower")
     assert trained == done
 
 
