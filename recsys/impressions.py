@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.core import Queries
+from recsys.data.logged import CONTEXT, EVENT, ITEM_ID, REQUEST_ID, TIME_MS, USER_ID
 from recsys.data.sources import IMPRESSION
 from recsys.errors import DataError
 from recsys.features.records import counted_to
@@ -28,15 +29,13 @@ from recsys.funnel import FunnelRequest, PageItem
 FORMAT = "2"
 DEFAULT_VARIANT = "default"
 """Of a page whose request and configuration name none."""
+SERVED_BY = (pa.field("model_version", pa.string()), pa.field("variant", pa.string()))
 SCHEMA = pa.schema(
     [
-        ("request_id", pa.string()),
-        ("user_id", pa.string()),
-        ("time_ms", pa.int64()),
+        *(REQUEST_ID, USER_ID, TIME_MS),
         ("at_s", pa.float64()),
-        ("model_version", pa.string()),
-        ("variant", pa.string()),
-        ("context", pa.string()),
+        *SERVED_BY,
+        CONTEXT,
         ("degraded", pa.list_(pa.string())),
         ("items", pa.list_(pa.string())),
         ("positions", pa.list_(pa.int16())),
@@ -162,17 +161,12 @@ def read(root: str) -> pa.Table:
 
 EXAMPLES = pa.schema(
     [
-        ("request_id", pa.string()),
-        ("user_id", pa.string()),
-        ("item_id", pa.string()),
-        ("event", pa.string()),
-        ("time_ms", pa.int64()),
+        *(REQUEST_ID, USER_ID, ITEM_ID, EVENT, TIME_MS),
         ("label", pa.int8()),
         ("position", pa.int16()),
         ("propensity", pa.float32()),
-        ("model_version", pa.string()),
-        ("variant", pa.string()),
-        ("context", pa.string()),
+        *SERVED_BY,
+        CONTEXT,
     ]
 )
 

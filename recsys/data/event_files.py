@@ -28,18 +28,15 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from recsys.core import FrozenConfig
+from recsys.data.logged import CONTEXT, EVENT, ITEM_ID, REQUEST_ID, TIME_MS, USER_ID
 from recsys.errors import DataError
 
 SCHEMA = pa.schema(
     [
-        ("user_id", pa.string()),
-        ("item_id", pa.string()),
-        ("event", pa.string()),
-        ("time_ms", pa.int64()),
+        *(USER_ID, ITEM_ID, EVENT, TIME_MS),
         ("value", pa.float64()),
         ("event_id", pa.string()),
-        ("request_id", pa.string()),
-        ("context", pa.string()),
+        *(REQUEST_ID, CONTEXT),
         ("partition", pa.int16()),
         ("position", pa.int64()),
         ("logged_ms", pa.int64()),
