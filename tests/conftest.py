@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from cluster.embedded import EmbeddedValkey
 from cluster.registry import Registry
 from cluster.runtime import serving_environment
 from recsys.serve_config import ServeConfig
@@ -44,6 +45,13 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 settings.register_profile("gate", derandomize=True)
 settings.register_profile("explore", max_examples=1_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """A server that the tests of a file share; each takes a prefix of its own."""
+    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

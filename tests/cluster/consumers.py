@@ -17,6 +17,7 @@ from cluster.partition import PartitionStore
 from cluster.redis_store import RedisStore, connected
 from recsys.config import Config
 from recsys.core import Vocabulary
+from recsys.data import event_files
 from recsys.data.interactions import Interactions
 from recsys.data.sources import DataConfig, InteractionsConfig
 from recsys.features.asof import Asked, AsOf
@@ -42,6 +43,9 @@ COLUMNS = KeyColumns(
 )
 _prefixes = itertools.count()
 LONG_AGO = 1_700_000_000_000
+"""When the first of `some_events` happened, in milliseconds."""
+END = LONG_AGO / 1000 + 20_000.0
+"""Behind all of them, in seconds."""
 
 
 def config_of(folder: Path, *, partitions: int = 3, prefix: str = "", **ingest) -> Config:
@@ -135,8 +139,9 @@ def decoded(name: str, values: np.ndarray) -> list:
     return kept if of == "value" else [f"i{int(v)}" if of == "item" else COLUMNS.texts["item"][of].texts[int(v)] for v in kept]
 
 
-async def held(config: Config, url: str, users: list[str]) -> Stream:
-    """The counters in the store, in a stream."""
+async def held(config: Config, url: str) -> Stream:
+    """The counters in the store, of all users and items, in a stream."""
+    users = USERS.ids.to_pylist()
     store = RedisStore(url, config.store, config.history)
     states = await store.read(users, timeout_s=5.0)
     await store.close()
@@ -171,6 +176,21 @@ def same_values(live: Stream, batch: dict[tuple[str, str, str], dict], *, at: fl
             )
             same = one == value if isinstance(value, tuple) else one == value or (math.isnan(one) and math.isnan(value))
             assert same or (not exact and math.isclose(one, value, rel_tol=1e-9)), (user, item, tab, name, one, value)
+
+
+def archived(folder: Path) -> pa.Table:
+    """Every event that consumers wrote to Parquet below a test's folder."""
+    return event_files.read(str(folder / "events"))
+
+
+def each_is_in_parquet_once(folder: Path, events: list[NewEvent]) -> None:
+    """None lost, none twice, and none that nobody told."""
+    assert sorted(archived(folder)["event_id"].to_pylist()) == sorted(e.event_id for e in events)
+
+
+async def same_as_the_batch_road(config: Config, url: str, folder: Path, *, at: float = END) -> None:
+    """Every counter in the store is what the batch road makes of the events in Parquet."""
+    same_values(await held(config, url), batch_road(archived(folder), at=at), at=at)
 
 
 async def drained(ingest: Ingest) -> None:

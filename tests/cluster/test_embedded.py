@@ -17,6 +17,7 @@ import pytest
 from cluster.embedded import EmbeddedValkey, check_single_node
 from cluster.redis_store import RedisStore
 from recsys.errors import ConfigError, StoreError
+from tests.cluster.valkey_process import kill, pid_of
 from tests.contracts_store import event, items_of
 
 OWNER = """
@@ -27,15 +28,6 @@ server.start()
 print(server.owner, flush=True)
 time.sleep(600)
 """
-
-
-def pid_of(server: EmbeddedValkey) -> int:
-    return int((server.folder / "valkey.pid").read_text())
-
-
-def kill(server: EmbeddedValkey) -> None:
-    os.kill(pid_of(server), signal.SIGKILL)
-    wait_until(lambda: not server._answers())
 
 
 def wait_until(holds) -> None:

@@ -9,26 +9,29 @@ import time
 import orjson
 import pytest
 
-from cluster.embedded import EmbeddedValkey
 from cluster.event_log import RedisLog
 from cluster.ingest import Ingest
 from cluster.ingest_status import dead_letters, status
 from cluster.redis_store import connected
 from cluster.snapshots import SnapshotReader
-from recsys.data import event_files
 from recsys.features.generate import Instant
 from recsys.features.packed import digest
 from recsys.features.store import to_record
-from tests.cluster.consumers import LONG_AGO, PLAN, batch_road, config_of, drained, held, load, same_values, some_events, told
-
-END = LONG_AGO / 1000 + 20_000.0
-USERS = [f"u{n}" for n in range(6)]
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server.url
+from tests.cluster.consumers import (
+    END,
+    PLAN,
+    archived,
+    batch_road,
+    config_of,
+    drained,
+    each_is_in_parquet_once,
+    held,
+    load,
+    same_as_the_batch_road,
+    same_values,
+    some_events,
+    told,
+)
 
 
 def test_counters_in_the_store_are_those_of_the_streaming_road(url, tmp_path):
@@ -39,7 +42,7 @@ def test_counters_in_the_store_are_those_of_the_streaming_road(url, tmp_path):
         ingest = Ingest(config, url, load)
         await drained(ingest)
         await ingest.archiving.all()
-        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END)
+        await same_as_the_batch_road(config, url, tmp_path)
         await ingest.close()
 
     asyncio.run(scenario())
@@ -73,12 +76,11 @@ def test_duplicates_late_events_and_random_kills_change_nothing(url, tmp_path):
         await drained(last)
         await last.archiving.all()
         await last.close()
-        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END)
+        await same_as_the_batch_road(config, url, tmp_path)
         return kills
 
     assert asyncio.run(scenario()) >= 12
-    table = event_files.read(str(tmp_path / "events"))
-    assert sorted(table["event_id"].to_pylist()) == sorted(e.event_id for e in events), "each event is in Parquet exactly once"
+    each_is_in_parquet_once(tmp_path, events)
 
 
 def test_an_older_owner_changes_nothing_once_another_has_the_partition(url, tmp_path):
@@ -125,7 +127,7 @@ def test_a_step_whose_answer_was_lost_is_not_applied_twice(url, tmp_path):
         await drained(ingest)
         await drained(ingest)
         await ingest.archiving.all()
-        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END)
+        await same_as_the_batch_road(config, url, tmp_path)
         assert (await ingest.held.store.heads([0]))[0].rows == 7
         await ingest.close()
 
@@ -170,7 +172,7 @@ def test_what_cannot_be_read_is_a_dead_letter_with_its_reason_and_stops_nobody(u
         await redis.aclose()
 
     asyncio.run(scenario())
-    table = event_files.read(str(tmp_path / "events"))
+    table = archived(tmp_path)
     assert table["event_id"].to_pylist() == [e.event_id for e in good]
     assert table["position"].to_pylist() == [0, len(poison) + 1, len(poison) + 2], "positions count dead letters too"
 
@@ -194,7 +196,7 @@ def test_an_event_that_a_line_of_ours_cannot_take_is_buried_and_its_user_goes_on
         (head,) = await ingest.held.store.heads([0])
         assert (head.rows, head.dead, head.n) == (8, 1, 9)
         user = events[4].user_id
-        counted = (await held(config, url, USERS)).values(user, "i0", {}, Instant(END, 1 << 62))["n"]
+        counted = (await held(config, url)).values(user, "i0", {}, Instant(END, 1 << 62))["n"]
         assert counted == sum(e.user_id == user for e in events) - 1, "wholly or not at all"
         await ingest.close()
 
@@ -233,7 +235,7 @@ def test_the_log_is_trimmed_only_behind_parquet_and_every_item_side(url, tmp_pat
         return more
 
     more = asyncio.run(scenario())
-    assert sorted(event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()) == sorted(e.event_id for e in events + more)
+    each_is_in_parquet_once(tmp_path, events + more)
 
 
 def test_counters_that_the_store_had_to_forget_are_told_again_by_who_knows_them(url, tmp_path):
@@ -245,7 +247,7 @@ def test_counters_that_the_store_had_to_forget_are_told_again_by_who_knows_them(
         await told(config, url, events[:30])
         ingest = Ingest(config, url, load)
         await drained(ingest)
-        for part in [f"s:{u}" for u in USERS[:3]] + ["items"]:
+        for part in [f"s:{u}" for u in ("u0", "u1", "u2")] + ["items"]:
             assert await redis.delete(f"{config.store.prefix}:{{0}}:{part}") == 1  # what eviction does
         await told(config, url, events[30:])
         await drained(ingest)
@@ -254,9 +256,9 @@ def test_counters_that_the_store_had_to_forget_are_told_again_by_who_knows_them(
         await ingest.close()
         await redis.aclose()
         touched = {e.user_id for e in events[30:]}
-        batch = batch_road(event_files.read(str(tmp_path / "events")), at=END)
-        known = {key: values for key, values in batch.items() if key[0] in touched | set(USERS[3:])}
-        same_values(await held(config, url, USERS), known, at=END)
+        batch = batch_road(archived(tmp_path), at=END)
+        known = {key: values for key, values in batch.items() if key[0] in touched | {"u3", "u4", "u5"}}
+        same_values(await held(config, url), known, at=END)
 
     asyncio.run(scenario())
 
@@ -301,7 +303,7 @@ def test_snapshots_give_rankers_the_values_of_the_item_side(url, tmp_path):
         assert await reader.read() == 3
         assert await reader.read() == 0, "nothing newer"
         await redis.aclose()
-        return reader.parts, await held(config, url, USERS)
+        return reader.parts, await held(config, url)
 
     parts, live = asyncio.run(scenario())
     counts = {key: n for part in parts.values() for key, n in zip(*columns_of(part, 1), strict=True)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import time
 
 import pytest
@@ -16,16 +14,18 @@ from cluster.ingest_run import Consumers, IngestStatus
 from cluster.redis_store import RedisStore, connected
 from recsys.data import event_files
 from recsys.errors import StoreUnavailableError
-from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, until
-
-USERS = [f"u{n}" for n in range(6)]
-END = LONG_AGO / 1000 + 20_000.0
-
-
-def kill(server: EmbeddedValkey) -> None:
-    os.kill(int((server.folder / "valkey.pid").read_text()), signal.SIGKILL)
-    while server._answers():
-        time.sleep(0.01)
+from tests.cluster.consumers import (
+    archived,
+    config_of,
+    drained,
+    each_is_in_parquet_once,
+    load,
+    same_as_the_batch_road,
+    some_events,
+    told,
+    until,
+)
+from tests.cluster.valkey_process import kill
 
 
 def test_no_accepted_event_is_lost_or_counted_twice_while_the_store_is_killed_under_load(tmp_path):
@@ -57,24 +57,23 @@ def test_no_accepted_event_is_lost_or_counted_twice_while_the_store_is_killed_un
             await asyncio.sleep(0.05)
             await asyncio.to_thread(server.check)
         await telling
-        told = IngestStatus(config, url)
+        status = IngestStatus(config, url)
 
         async def caught_up():
-            said = await told.read()
+            said = await status.read()
             return said["events"] == 300 and not (said["lag"] or said["items_lag"] or said["parquet_lag"])
 
         await until(caught_up, patience_s=60)
         ingest.stop()
         await run
-        await told.close()
+        await status.close()
         await store.close()
-        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END)
+        await same_as_the_batch_road(config, url, tmp_path)
         return refused
 
     with EmbeddedValkey(tmp_path / "store") as server:
         assert asyncio.run(scenario(server)) > 0, "the store was never away"
-    found = event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()
-    assert sorted(found) == sorted(e.event_id for e in events)
+    each_is_in_parquet_once(tmp_path, events)
 
 
 def test_a_store_that_was_emptied_goes_on_behind_what_is_in_parquet(tmp_path):
@@ -83,9 +82,8 @@ def test_a_store_that_was_emptied_goes_on_behind_what_is_in_parquet(tmp_path):
 
     async def scenario(url):
         redis = connected(url)
-        for told in (events[:40], events[40:]):
-            store = RedisStore(url, config.store, config.history)
-            await store.append(told)
+        for some in (events[:40], events[40:]):
+            await told(config, url, some)
             ingest = Ingest(config, url, load)
             await drained(ingest)
             await ingest.archiving.all()
@@ -93,8 +91,7 @@ def test_a_store_that_was_emptied_goes_on_behind_what_is_in_parquet(tmp_path):
             status = IngestStatus(config, url)
             said = await status.read()
             await status.close()
-            await store.close()
-            if told is not events[40:]:
+            if some is not events[40:]:
                 await redis.flushall()
         await redis.aclose()
         return said
@@ -102,8 +99,8 @@ def test_a_store_that_was_emptied_goes_on_behind_what_is_in_parquet(tmp_path):
     with EmbeddedValkey(tmp_path / "store") as server:
         said = asyncio.run(scenario(server.url))
     assert (said["events"], said["lag"], said["parquet_lag"], said["parquet_rows"]) == (60, 0, 0, 60)
-    table = event_files.read(str(tmp_path / "events"))
-    assert sorted(table["event_id"].to_pylist()) == sorted(e.event_id for e in events)
+    each_is_in_parquet_once(tmp_path, events)
+    table = archived(tmp_path)
     for p, n in event_files.ends(str(tmp_path / "events")).items():
         mine = [r["position"] for r in table.to_pylist() if r["partition"] == p]
         assert mine == list(range(n)), "positions go on, and none is used twice"
@@ -134,9 +131,9 @@ def test_at_the_memory_budget_features_are_forgotten_and_the_log_never_and_it_sa
         logged = sum([await redis.xlen(f"{config.store.prefix}:{{{p}}}:log") for p in range(2)])
         with caplog.at_level(logging.WARNING):
             await ingest.lead()
-        told = IngestStatus(config, url)
-        memory = (await told.read())["memory"]
-        await told.close()
+        status = IngestStatus(config, url)
+        memory = (await status.read())["memory"]
+        await status.close()
         while await ingest.count_users():
             pass
         await ingest.count_items()
@@ -166,15 +163,12 @@ def test_an_event_ahead_of_the_clock_counts_at_its_time_and_spoils_nothing_behin
     events[3] = events[3]._replace(time_ms=now + 299_000)  # its sender's clock is five minutes ahead
 
     async def scenario(url):
-        store = RedisStore(url, config.store, config.history)
-        await store.append(events)
+        await told(config, url, events)
         ingest = Ingest(config, url, load)
         await drained(ingest)
         await ingest.archiving.all()
         await ingest.close()
-        await store.close()
-        at = now / 1000 + 400
-        same_values(await held(config, url, USERS), batch_road(event_files.read(str(tmp_path / "events")), at=at), at=at)
+        await same_as_the_batch_road(config, url, tmp_path, at=now / 1000 + 400)
 
     with EmbeddedValkey(tmp_path / "store") as server:
         asyncio.run(scenario(server.url))
@@ -187,30 +181,24 @@ def test_an_actor_that_is_killed_goes_on_where_it_was(ray_cluster, tmp_path):
     config = config_of(tmp_path, lease_s=1.0)
     events = some_events(200)
 
-    async def tell(url, some):
-        store = RedisStore(url, config.store, config.history)
-        await store.append(some)
-        await store.close()
-
     async def caught_up(url, n):
-        told = IngestStatus(config, url)
+        status = IngestStatus(config, url)
 
         async def done():
-            said = await told.read()
+            said = await status.read()
             return said["events"] == n and not (said["lag"] or said["parquet_lag"])
 
         await until(done, patience_s=120)
-        await told.close()
+        await status.close()
 
     with EmbeddedValkey(tmp_path / "store") as server:
         actor = ray.remote(Consumers).options(max_restarts=-1, max_task_retries=-1, num_cpus=0).remote(config, server.url)
         first = ray.get(actor.check.remote())["name"]
-        asyncio.run(tell(server.url, events[:100]))
+        asyncio.run(told(config, server.url, events[:100]))
         ray.kill(actor, no_restart=False)
-        asyncio.run(tell(server.url, events[50:]))
+        asyncio.run(told(config, server.url, events[50:]))
         assert ray.get(actor.check.remote(), timeout=60)["name"] != first
         asyncio.run(caught_up(server.url, 200))
         ray.get(actor.stop.remote())
         ray.kill(actor)
-    found = event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()
-    assert sorted(found) == sorted(e.event_id for e in events)
+    each_is_in_parquet_once(tmp_path, events)

@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-from cluster.embedded import EmbeddedValkey
 from cluster.ingest import Ingest
 from cluster.redis_store import RedisStore, connected
 from recsys.features.aggregates import AggregateConfig
@@ -26,12 +25,6 @@ from tests.cluster.consumers import COLUMNS, DATA, ITEMS, USERS, config_of, drai
 START = 1_600_000_000.0
 OLD = {"user_n": {"kind": "count", "key": "user"}, "item_n": {"kind": "count", "key": "item"}}
 NEW = OLD | {"user_shop_n": {"kind": "count", "key": ["user", "shop"]}, "shop_n": {"kind": "count", "key": "shop"}}
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server.url
 
 
 def plan_of(declared: dict) -> Plan:

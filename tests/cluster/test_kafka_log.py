@@ -7,27 +7,18 @@ import itertools
 
 import pytest
 
-from cluster.embedded import EmbeddedValkey
 from cluster.ingest import Ingest
 from cluster.ingest_status import status
 from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
 from cluster.redis_store import connected
-from recsys.data import event_files
 from recsys.errors import ConfigError, StoreUnavailableError
 from recsys.ingest_config import KafkaLogConfig
-from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, until
+from tests.cluster.consumers import config_of, drained, each_is_in_parquet_once, load, same_as_the_batch_road, some_events, until
 
 admin = pytest.importorskip("confluent_kafka.admin", reason="optional: pip install confluent-kafka")
 PARTITIONS = 4
 """What the mock broker gives every topic."""
-END = LONG_AGO / 1000 + 20_000.0
 _topics = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +76,7 @@ def test_events_told_again_and_consumers_that_die_change_nothing(broker, url, tm
         await ingests[1].count_items()
         assert sum(s.parquet_rows for s in await status(config, redis, reader)) == 120
         await reader.close()
-        same_values(
-            await held(config, url, [f"u{n}" for n in range(6)]), batch_road(event_files.read(str(tmp_path / "events")), at=END), at=END
-        )
+        await same_as_the_batch_road(config, url, tmp_path)
         (state,) = await store.read(["u1"], timeout_s=5.0)
         assert [e.event_id for e in state.events] == [e.event_id for e in events if e.user_id == "u1" and e.event != "view"][-50:]
         await ingests[1].close()
@@ -95,8 +84,7 @@ def test_events_told_again_and_consumers_that_die_change_nothing(broker, url, tm
         await redis.aclose()
 
     asyncio.run(scenario())
-    found = event_files.read(str(tmp_path / "events"))["event_id"].to_pylist()
-    assert sorted(found) == sorted(e.event_id for e in events)
+    each_is_in_parquet_once(tmp_path, events)
 
 
 def test_a_topic_of_another_size_is_refused(broker):

@@ -21,11 +21,10 @@ from cluster.ingest_status import memory
 from cluster.redis_items import RedisItemLog
 from cluster.redis_store import RedisStore, connected, redacted
 from cluster.snapshots import SnapshotReader
-from recsys.data import event_files
 from recsys.errors import ConfigError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
 from recsys.features.store import StoreConfig
-from tests.cluster.consumers import LONG_AGO, batch_road, config_of, drained, held, load, same_values, some_events, told
+from tests.cluster.consumers import config_of, drained, load, same_as_the_batch_road, some_events, told
 from tests.cluster.test_redis_items import ItemLogContract
 from tests.contracts_store import FeatureStoreContract, event
 
@@ -92,15 +91,13 @@ def test_a_server_in_cluster_mode_refuses_two_slots_so_this_proves_something(nod
 def test_consumers_count_archive_trim_and_publish_as_on_one_server(url, tmp_path):
     """Three partitions, three slots: the counters are the batch road's over what is in Parquet."""
     config = config_of(tmp_path, partitions=3, snapshot_every_s=0.01)
-    users = [f"u{n}" for n in range(6)]
-    end = LONG_AGO / 1000 + 20_000.0
 
     async def scenario():
         await told(config, url, some_events(120))
         ingest = Ingest(config, url, load)
         await drained(ingest)
         await ingest.archiving.all()
-        same_values(await held(config, url, users), batch_road(event_files.read(str(tmp_path / "events")), at=end), at=end)
+        await same_as_the_batch_road(config, url, tmp_path)
         assert await ingest.publish() == 3
         client = connected(url)
         reader = SnapshotReader(client, config.store.prefix, 3)

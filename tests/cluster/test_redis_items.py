@@ -17,12 +17,6 @@ from recsys.features.store import StoreConfig
 _prefixes = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory):
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
-
-
 class ItemLogContract:
     @pytest.fixture
     def log(self) -> ItemLog:

@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import signal
-import time
 
 import pytest
 from redis import exceptions as faults
@@ -18,16 +17,10 @@ from cluster.redis_store import PASSWORD_VARIABLE, RedisStore, redacted
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
 from recsys.features.store import StoreConfig, partition_of
+from tests.cluster.valkey_process import kill, pid_of
 from tests.contracts_store import FeatureStoreContract, event, items_of, whole_log
 
 _prefixes = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory):
-    """A server that tests share; each takes a prefix of its own."""
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @pytest.fixture
@@ -39,16 +32,6 @@ def own_valkey(tmp_path):
 
 def fresh(**settings) -> StoreConfig:
     return StoreConfig(prefix=f"t{next(_prefixes)}", **settings)
-
-
-def pid_of(server: EmbeddedValkey) -> int:
-    return int((server.folder / "valkey.pid").read_text())
-
-
-def kill(server: EmbeddedValkey) -> None:
-    os.kill(pid_of(server), signal.SIGKILL)
-    while server._answers():
-        time.sleep(0.01)
 
 
 async def command(server: EmbeddedValkey, *words):

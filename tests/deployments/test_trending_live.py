@@ -7,9 +7,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
-from cluster.embedded import EmbeddedValkey
 from cluster.ingest import Ingest
 from cluster.redis_store import connected
 from cluster.snapshots import SnapshotReader
@@ -91,15 +89,9 @@ def test_parts_of_two_times_are_weighed_as_of_the_older():
     assert decayed_counts({}, plan.groups[0], ITEMS)[1] == 0.0
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server.url
-
-
-def test_events_of_the_service_reach_the_channel_and_their_age_is_told(url, tmp_path):
+def test_events_of_the_service_reach_the_channel_and_their_age_is_told(valkey, tmp_path):
     """Nine likes of c: it trends in every version that is loaded, one without aggregates among them."""
-    config = config_of(tmp_path, snapshot_every_s=0.01)
+    config, url = config_of(tmp_path, snapshot_every_s=0.01), valkey.url
     now = round(1000 * time.time())
     one, other = trained(), trained(live_events=100.0)
     funnels = [SimpleNamespace(version=v, live=None, items=ITEMS, channels={"trending": t}) for v, t in (("v1", one), ("v2", other))]
