@@ -18,6 +18,7 @@ import pyarrow.csv as pcsv
 import pyarrow.dataset as pds
 
 from recsys.data import grouplens
+from recsys.data.malformed import Malformed
 from recsys.data.sources import FileConfig
 from recsys.errors import DataError
 
@@ -124,12 +125,7 @@ def _read_text(path: Path, config: FileConfig, form: str, needs: Mapping[str, Ne
         twice = sorted({name for name in header if header.count(name) > 1})
         raise DataError(f"'{path}' has two columns called '{twice[0]}'. Rename one.")
     columns = present(header, path, needs)
-    malformed: list[pcsv.InvalidRow] = []
-
-    def skip(row: pcsv.InvalidRow) -> str:
-        malformed.append(row)
-        return "skip"
-
+    malformed = Malformed()
     table = pcsv.read_csv(
         path,
         pcsv.ReadOptions(encoding=config.encoding, column_names=header, skip_rows=0 if config.names else 1, block_size=1 << 23),
@@ -137,7 +133,7 @@ def _read_text(path: Path, config: FileConfig, form: str, needs: Mapping[str, Ne
             delimiter=delimiter,
             quote_char=False if form == "recbole" else '"',
             newlines_in_values=form != "recbole",
-            invalid_row_handler=skip,
+            invalid_row_handler=malformed,
         ),
         pcsv.ConvertOptions(
             include_columns=columns,

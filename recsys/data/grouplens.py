@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv as pcsv
 
+from recsys.data.malformed import Malformed
 from recsys.errors import DataError
 
 RENAMED = {"userId": "user_id", "movieId": "item_id"}
@@ -64,16 +65,11 @@ def _read_log(path: Path, mark: str) -> tuple[pa.Table, int]:
     # `::` is read as two colons round an empty column: Arrow's fast reader takes one character only.
     columns = [name for field in LOG for name in (field, f"after {field}")][:-1] if mark == "::" else LOG
     text = pa.dictionary(pa.int32(), pa.string())
-    malformed: list[pcsv.InvalidRow] = []
-
-    def skip(row: pcsv.InvalidRow) -> str:
-        malformed.append(row)
-        return "skip"
-
+    malformed = Malformed()
     table = pcsv.read_csv(
         path,
         pcsv.ReadOptions(column_names=columns),
-        pcsv.ParseOptions(delimiter=mark[0], quote_char=False, invalid_row_handler=skip),
+        pcsv.ParseOptions(delimiter=mark[0], quote_char=False, invalid_row_handler=malformed),
         pcsv.ConvertOptions(include_columns=LOG, column_types={"user_id": text, "item_id": text}, strings_can_be_null=True),
     )
     return table, len(malformed)
