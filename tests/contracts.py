@@ -60,6 +60,17 @@ def seen_of(log: Interactions) -> list[list[int]]:
     return [log.item[order[a:b]].tolist() for a, b in pairwise(indptr)]
 
 
+def same_one_by_one(channel: Recaller, queries: Queries, k: int) -> None:
+    """Each query of a batch is answered as if it came alone."""
+    items, scores = channel.recall(queries, k)
+    for b in range(len(queries)):
+        one_items, one_scores = channel.recall(queries.take([b]), k)
+        width = one_items.shape[1]
+        np.testing.assert_array_equal(items[b, :width], one_items[0])
+        np.testing.assert_array_equal(scores[b, :width], one_scores[0])
+        assert (items[b, width:] == UNKNOWN).all()
+
+
 class RecallerContract:
     """Every recall channel."""
 
@@ -150,14 +161,7 @@ class RecallerContract:
         assert ((items == UNKNOWN) == np.isneginf(scores)).all()
 
     def test_a_batch_of_many_filters_equals_batches_of_one(self, log: Interactions, channel: Recaller) -> None:
-        queries = self.filtered(log)
-        items, scores = channel.recall(queries, 4)
-        for b in range(len(queries)):
-            one_items, one_scores = channel.recall(queries.take([b]), 4)
-            width = one_items.shape[1]
-            np.testing.assert_array_equal(items[b, :width], one_items[0])
-            np.testing.assert_array_equal(scores[b, :width], one_scores[0])
-            assert (items[b, width:] == UNKNOWN).all()
+        same_one_by_one(channel, self.filtered(log), 4)
 
     def test_an_unknown_user_without_events_gets_nothing_unless_the_channel_needs_none(self, log: Interactions, channel: Recaller) -> None:
         items, _ = channel.recall(queries_of([]), 3)
@@ -173,14 +177,7 @@ class RecallerContract:
         assert len(items) == len(scores) == 0
 
     def test_a_batch_equals_batches_of_one(self, log: Interactions, channel: Recaller) -> None:
-        queries = self.batch(log)
-        items, scores = channel.recall(queries, 7)
-        for b in range(len(queries)):
-            one_items, one_scores = channel.recall(queries.take([b]), 7)
-            width = one_items.shape[1]
-            np.testing.assert_array_equal(items[b, :width], one_items[0])
-            np.testing.assert_array_equal(scores[b, :width], one_scores[0])
-            assert (items[b, width:] == UNKNOWN).all()
+        same_one_by_one(channel, self.batch(log), 7)
 
     def test_what_is_saved_and_loaded_answers_the_same(self, log: Interactions, channel: Recaller, tmp_path: Path) -> None:
         folder = tmp_path / "recall" / channel.name

@@ -95,6 +95,14 @@ def same_pages(live: Live) -> None:
         np.testing.assert_allclose([i["score"] for i in answer.json["items"]], [score for _, score in page], atol=1e-5)
 
 
+def ranks_and_finds_neighbours(live: Live) -> None:
+    """Of the items given, those that exist are ranked; an even item's neighbours are even, as the log was made."""
+    client = live.client()
+    ranked = client.ask("POST", "/v1/rank", {"user_id": "u1", "item_ids": ["i1", "i2", "no"]}).json["items"]
+    assert {i["item_id"] for i in ranked} == {"i1", "i2"}
+    assert all(int(i["item_id"][1:]) % 2 == 0 for i in client.ask("GET", "/v1/items/i2/similar?k=3").json["items"])
+
+
 def swap_under_load(live: Live) -> None:
     """Promote the second version and go back, without a failed request."""
     first, second = live.versions[:2]

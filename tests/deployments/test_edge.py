@@ -72,15 +72,21 @@ class DownStore(MemoryStore):
         raise StoreUnavailableError("connection refused")
 
 
-def talk(script: Callable[[Callable[..., Awaitable[Heard]]], Awaitable[Any]], *, funnel: StandIn | None = None, store: Any = None) -> Any:
-    """Run a conversation with an edge of its own."""
+def talk(
+    script: Callable[[Callable[..., Awaitable[Heard]]], Awaitable[Any]],
+    *,
+    funnel: StandIn | None = None,
+    store: Any = None,
+    **elsewhere: Any,
+) -> Any:
+    """Run a conversation with an edge of its own; `elsewhere` is what its service asks of stages outside."""
 
     async def run() -> Any:
         registry = StandInRegistry(**{V1: funnel or StandIn(V1)})
         registry.named = {"production": V1}
         rollout = Rollout(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
         rollout.start()
-        edge = Edge(Service(ServeConfig(), rollout, store or MemoryStore()))
+        edge = Edge(Service(ServeConfig(), rollout, store or MemoryStore(), **elsewhere))
         try:
             return await script(lambda *a, **k: speak(edge, *a, **k))
         finally:
@@ -399,16 +405,8 @@ class TestSimilarUsers:
             assert left_s > 0
             return [(f"{version}: {queries.user_ids[0]} elsewhere", float(k))]
 
-        async def run() -> Heard:
-            registry = StandInRegistry(**{V1: StandIn(V1)})
-            registry.named = {"production": V1}
-            rollout = Rollout(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
-            rollout.start()
-            rollout.stop()
-            edge = Edge(Service(ServeConfig(), rollout, MemoryStore(), similar_users_elsewhere=elsewhere))
-            return await speak(edge, "GET", "/v1/users/u1/similar", query="k=3")
-
-        assert asyncio.run(run()).json["users"] == [{"user_id": f"{V1}: u1 elsewhere", "score": 3.0}]
+        heard = talk(lambda ask: ask("GET", "/v1/users/u1/similar", query="k=3"), similar_users_elsewhere=elsewhere)
+        assert heard.json["users"] == [{"user_id": f"{V1}: u1 elsewhere", "score": 3.0}]
 
 
 class TestTheRest:
@@ -425,16 +423,10 @@ class TestTheRest:
         async def why_not(version: str) -> str | None:
             return answers.pop(0)
 
-        async def run() -> list[Heard]:
-            registry = StandInRegistry(**{V1: StandIn(V1)})
-            registry.named = {"production": V1}
-            rollout = Rollout(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
-            rollout.start()
-            rollout.stop()
-            edge = Edge(Service(ServeConfig(), rollout, MemoryStore(), why_not=why_not))
-            return [await speak(edge, "GET", "/readyz") for _ in range(3)]
+        async def thrice(ask: Callable[..., Awaitable[Heard]]) -> list[Heard]:
+            return [await ask("GET", "/readyz") for _ in range(3)]
 
-        first, second, third = asyncio.run(run())
+        first, second, third = talk(thrice, why_not=why_not)
         assert (first.status, first.json["error"]["message"]) == (503, "The service is starting: fine_rank: still loading.")
         assert (second.status, third.status) == (200, 200)
 

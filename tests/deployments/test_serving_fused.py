@@ -12,7 +12,7 @@ import pytest
 
 from cluster.embedded import EmbeddedValkey
 from tests.deployments.client import crowd, eventually
-from tests.deployments.live import STAGES, Live, kill_under_load, same_pages, serving, swap_under_load
+from tests.deployments.live import STAGES, Live, kill_under_load, ranks_and_finds_neighbours, same_pages, serving, swap_under_load
 from tests.processes import below
 from tests.small import Small
 
@@ -76,12 +76,7 @@ def test_strange_but_valid_input_is_answered(fused: Live) -> None:
 
 
 def test_given_items_are_ranked_and_neighbours_found(fused: Live) -> None:
-    client = fused.client()
-    assert {i["item_id"] for i in client.ask("POST", "/v1/rank", {"user_id": "u1", "item_ids": ["i1", "i2", "no"]}).json["items"]} == {
-        "i1",
-        "i2",
-    }
-    assert all(int(i["item_id"][1:]) % 2 == 0 for i in client.ask("GET", "/v1/items/i2/similar?k=3").json["items"])
+    ranks_and_finds_neighbours(fused)
 
 
 def test_a_promoted_version_serves_without_a_failed_request(fused: Live) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deployments.live import STAGES, Live, kill_under_load, same_pages, serving, swap_under_load
+from tests.deployments.live import STAGES, Live, kill_under_load, ranks_and_finds_neighbours, same_pages, serving, swap_under_load
 from tests.processes import replicas
 from tests.small import Small
 
@@ -24,12 +24,7 @@ def test_every_stage_is_its_own_deployment_and_pages_are_the_pure_funnels(split:
 
 
 def test_given_items_are_ranked_and_neighbours_found(split: Live) -> None:
-    client = split.client()
-    assert {i["item_id"] for i in client.ask("POST", "/v1/rank", {"user_id": "u1", "item_ids": ["i1", "i2", "no"]}).json["items"]} == {
-        "i1",
-        "i2",
-    }
-    assert all(int(i["item_id"][1:]) % 2 == 0 for i in client.ask("GET", "/v1/items/i2/similar?k=3").json["items"])
+    ranks_and_finds_neighbours(split)
 
 
 def test_a_promoted_version_serves_without_a_failed_request(split: Live) -> None:

@@ -27,13 +27,9 @@ AGGREGATES = {
     "same_colour": {"kind": "match", "of": "colour", "n": 3},
     "since": {"kind": "recency", "key": "user"},
     "newest": {"kind": "last", "key": "user", "n": 2},
-    "newest_price": {"kind": "last", "key": "user", "of": "price", "n": 2},
     "reach": {"kind": "distinct", "key": "colour", "of": "country", "window": "30d"},
     "where": {"kind": "concat", "parts": ["country", "device"], "buckets": 10},
-    "look": {"kind": "concat", "parts": ["colour", "colour2"], "buckets": 10},
 }
-AGGREGATES.pop("newest_price")
-AGGREGATES.pop("look")
 
 
 @pytest.fixture(scope="module")
