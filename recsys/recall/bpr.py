@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from scipy import sparse
 
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
 from recsys.recall.factors import FactorScale, ItemFactors, SearchedBy, newest_of_each
-from recsys.recall.links import recency
+from recsys.recall.links import Decay, Newest, recency
 from recsys.recall.neighbors import EventsPerUser, UsePast, incidence
 from recsys.recall.vector import RecallGoal
 
@@ -42,10 +42,8 @@ class BPRConfig(FrozenConfig):
     init_std: FactorScale = 0.1
     max_events_per_user: EventsPerUser = 1_000
     use_past: UsePast = True
-    newest: PositiveInt | None = None
-    """Newest events of the history that a query brings in; null: all."""
-    decay: float = Field(1.0, gt=0, le=1)
-    """An event of the history counts this much less than the next newer one; 1: all alike."""
+    newest: Newest = None
+    decay: Decay = 1.0
     index: SearchedBy = "auto"
     recall_goal: RecallGoal = 0.98
     seed: int = 1

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, PositiveFloat
 
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
 from recsys.features.catalogue import Catalogue
-from recsys.recall.links import recency
+from recsys.recall.links import Decay, HalfLife, recency
 from recsys.recall.taste import RowVectors, tastes, typical_users, unit
 from recsys.recall.vector import IndexKind, RecallGoal, VectorConfig, VectorIndex
 
@@ -22,10 +21,8 @@ class ColumnVectorConfig(FrozenConfig):
     """Items whose given vectors lie nearest to those of the history: embeddings made elsewhere feed vector recall."""
     column: str
     """The item column of kind vector. Its vectors are scaled to one length: what counts is the angle."""
-    decay: float = Field(0.95, gt=0, le=1)
-    """An event counts this much less than the next newer one; 1: all alike."""
-    half_life_h: PositiveFloat | None = None
-    """Hours in which an event of the history loses half its weight; null: it keeps it."""
+    decay: Decay = 0.95
+    half_life_h: HalfLife = None
     kind: IndexKind = "auto"
     """How vectors are searched; see the channel two_tower."""
     recall_goal: RecallGoal = 0.98

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from recsys.core import FrozenConfig, Queries
 from recsys.data.columns import ColumnConfig
@@ -20,7 +20,7 @@ from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
 from recsys.features.catalogue import LISTED, Catalogue, Values, texts_of
 from recsys.recall.content_space import ContentSpace
-from recsys.recall.links import recency
+from recsys.recall.links import Decay, HalfLife, recency
 from recsys.recall.taste import RowVectors, tastes, typical_users, unit
 from recsys.recall.vector import IndexKind, RecallGoal, VectorConfig, VectorIndex
 
@@ -38,10 +38,8 @@ class ContentConfig(FrozenConfig):
     """A declared interest counts like so many newest events, so that it leads while there are few."""
     dim: PositiveInt = 128
     """Floats that all values and words are folded into; as many or fewer are kept as they are."""
-    decay: float = Field(0.95, gt=0, le=1)
-    """An event counts this much less than the next newer one; 1: all alike."""
-    half_life_h: PositiveFloat | None = None
-    """Hours in which an event of the history loses half its weight; null: it keeps it."""
+    decay: Decay = 0.95
+    half_life_h: HalfLife = None
     kind: IndexKind = "auto"
     """How vectors are searched; see the channel two_tower."""
     recall_goal: RecallGoal = 0.98

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from scipy import linalg
 
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
-from recsys.recall.links import ItemLinks, recency
+from recsys.recall.links import Decay, ItemLinks, Newest, recency
 from recsys.recall.neighbors import EventsPerUser, UsePast, incidence
 
 
@@ -31,10 +31,8 @@ class EASEConfig(FrozenConfig):
     """Refuse a catalogue whose inverse needs more memory than this."""
     max_events_per_user: EventsPerUser = 1_000
     use_past: UsePast = True
-    newest: PositiveInt | None = None
-    """Newest events of the history that count; null: all that the query brings."""
-    decay: float = Field(0.95, gt=0, le=1)
-    """An event counts this much less than the next newer one; 1: all alike, as in the paper."""
+    newest: Newest = None
+    decay: Decay = 0.95
 
     def build(self) -> EASE:
         """The channel, not yet fitted."""

@@ -19,14 +19,14 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from scipy import sparse
 
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
 from recsys.recall.factors import FactorScale, ItemFactors, SearchedBy, newest_of_each
-from recsys.recall.links import recency
+from recsys.recall.links import Decay, Newest, recency
 from recsys.recall.neighbors import EventsPerUser, UsePast, incidence
 from recsys.recall.vector import RecallGoal
 
@@ -56,10 +56,8 @@ class IALSConfig(FrozenConfig):
     """Whether an item had three times weighs once or three times."""
     max_events_per_user: EventsPerUser = 1_000
     use_past: UsePast = True
-    newest: PositiveInt | None = None
-    """Newest events of the history that a query's factor is solved from; null: all that the query brings."""
-    decay: float = Field(1.0, gt=0, le=1)
-    """An event of the history weighs this much less than the next newer one; 1: all alike, as in the fit."""
+    newest: Newest = None
+    decay: Decay = 1.0
     index: SearchedBy = "auto"
     recall_goal: RecallGoal = 0.98
     seed: int = 1

@@ -9,15 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt
 from scipy import sparse
 
 from recsys.allowed import Allowed
 from recsys.core import UNKNOWN, Queries
 from recsys.recall.order import EMPTY, best_first, descending, scores_of
 
+Newest = Annotated[PositiveInt | None, Field(description="Newest events of the history that count; null: all that the query brings.")]
+Decay = Annotated[
+    float, Field(gt=0, le=1, description="An event of the history counts this much less than the next newer one; 1: all alike.")
+]
+HalfLife = Annotated[
+    PositiveFloat | None, Field(description="Hours in which an event of the history loses half its weight; null: it keeps it.")
+]
 PRODUCT_BELOW = 20_000
 """Catalogues smaller than this sum links by a sparse product into one array per query, larger ones by a sort of the links. By
 catalogue, not by batch: the two round differently, and an answer must not depend on its batch."""

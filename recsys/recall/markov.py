@@ -16,8 +16,8 @@ from scipy import sparse
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
-from recsys.recall.links import ItemLinks, recency
-from recsys.recall.neighbors import UsePast
+from recsys.recall.links import Decay, ItemLinks, recency
+from recsys.recall.neighbors import UsePast, taken_by
 from recsys.recall.order import LOW, descending
 
 
@@ -34,8 +34,7 @@ class MarkovConfig(FrozenConfig):
     """Strongest transitions kept per item."""
     newest: PositiveInt = 20
     """Newest events of the history that count."""
-    decay: float = Field(0.8, gt=0, le=1)
-    """An event of the history counts this much less than the next newer one; 1: all alike."""
+    decay: Decay = 0.8
     use_past: UsePast = True
 
     def build(self) -> Markov:
@@ -101,12 +100,7 @@ class Markov:
 
 def sequences(interactions: Interactions, *, use_past: bool) -> tuple[np.ndarray, np.ndarray]:
     """(n,) user and (n,) item rows of the positives, by user, oldest first; what came before the log stands before it."""
-    positives = interactions.positives()
-    user, item = positives.user, positives.item
-    if use_past and interactions.past is not None:
-        past = interactions.past
-        user = np.concatenate([np.repeat(np.arange(interactions.n_users, dtype=np.int32), np.diff(past.indptr)), user])
-        item = np.concatenate([past.items, item])
+    user, item = taken_by(interactions, use_past=use_past)
     order = np.argsort(user, kind="stable")
     return user[order], item[order]
 

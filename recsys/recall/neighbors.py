@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from scipy import sparse
 
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions, group
 from recsys.errors import NotFittedError
-from recsys.recall.links import ItemLinks, recency
+from recsys.recall.links import Decay, HalfLife, ItemLinks, Newest, recency
 from recsys.recall.order import EMPTY, LOW, best_of_rows, scores_of
 from recsys.recall.similarity import Kind, Sizes, Weighting, kind_of, similarities, weigh
 
@@ -61,12 +61,9 @@ class ItemCFConfig(FrozenConfig):
     """Whether an item had three times counts once or three times when similarities are computed."""
     max_events_per_user: EventsPerUser = 1_000
     use_past: UsePast = True
-    newest: PositiveInt | None = None
-    """Newest events of the history that trigger neighbours; null: all that the query brings."""
-    decay: float = Field(0.95, gt=0, le=1)
-    """An event counts this much less than the next newer one; 1: all alike."""
-    half_life_h: PositiveFloat | None = None
-    """Hours in which an event of the history loses half its weight; null: it keeps it."""
+    newest: Newest = None
+    decay: Decay = 0.95
+    half_life_h: HalfLife = None
     threads: PositiveInt | None = None
     """Threads of the fit; null: one per core."""
 
@@ -138,16 +135,22 @@ class ItemCF:
         return self
 
 
-def incidence(
-    interactions: Interactions, *, values: Literal["binary", "count"], most_per_user: int | None = None, use_past: bool = True
-) -> sparse.csr_matrix:
-    """(U, I) float32 csr of the positives: 1 (binary) or how often, over each user's newest `most_per_user` events."""
+def taken_by(interactions: Interactions, *, use_past: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) user and (n,) item rows of the positives in order of the log; what came before the log stands before it."""
     positives = interactions.positives()
     user, item = positives.user, positives.item
     if use_past and interactions.past is not None:
         past = interactions.past
         user = np.concatenate([np.repeat(np.arange(interactions.n_users, dtype=np.int32), np.diff(past.indptr)), user])
         item = np.concatenate([past.items, item])
+    return user, item
+
+
+def incidence(
+    interactions: Interactions, *, values: Literal["binary", "count"], most_per_user: int | None = None, use_past: bool = True
+) -> sparse.csr_matrix:
+    """(U, I) float32 csr of the positives: 1 (binary) or how often, over each user's newest `most_per_user` events."""
+    user, item = taken_by(interactions, use_past=use_past)
     if most_per_user is not None:
         indptr, order = group(user, interactions.n_users)
         from_end = np.repeat(indptr[1:], np.diff(indptr)) - np.arange(len(order))  # 1 for a user's newest

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from recsys.core import FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
-from recsys.recall.links import ItemLinks, recency
+from recsys.recall.links import Decay, HalfLife, ItemLinks, recency
 from recsys.recall.neighbors import ItemCFConfig
 
 
@@ -28,10 +28,8 @@ class RealtimeConfig(FrozenConfig):
     """Events that trigger at most, the newest of the history."""
     window_h: PositiveFloat | None = 168.0
     """Only events of this many hours before the request trigger; null: however old. Events without a time always do."""
-    decay: float = Field(0.8, gt=0, le=1)
-    """An event counts this much less than the next newer one; 1: all alike."""
-    half_life_h: PositiveFloat | None = 24.0
-    """Hours in which an event loses half its weight; null: it keeps it."""
+    decay: Decay = 0.8
+    half_life_h: HalfLife = 24.0
 
     def build(self) -> Realtime:
         """The channel, not yet fitted."""

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from scipy import sparse
 
 from recsys.core import UNKNOWN, FrozenConfig, Queries
 from recsys.data.interactions import Interactions
 from recsys.errors import NotFittedError
-from recsys.recall.links import recency
+from recsys.recall.links import Decay, Newest, recency
 from recsys.recall.neighbors import BLOCK, EventsPerUser, MinimumSimilarity, UsePast, incidence
 from recsys.recall.order import EMPTY, best_of_rows, scores_of
 from recsys.recall.similarity import Sizes, Terms, Weighting, kind_of, similarities, weigh
@@ -43,10 +43,8 @@ class UserCFConfig(FrozenConfig):
     """Whether an item had three times counts once or three times."""
     max_events_per_user: EventsPerUser = 1_000
     use_past: UsePast = True
-    newest: PositiveInt | None = None
-    """Newest events of the history that neighbours are sought by; null: all that the query brings."""
-    decay: float = Field(1.0, gt=0, le=1)
-    """An event of the history counts this much less than the next newer one; 1: all alike, as in the log."""
+    newest: Newest = None
+    decay: Decay = 1.0
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
