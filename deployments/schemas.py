@@ -75,17 +75,28 @@ class PinBody(Body):
     """1 is the first of the page."""
 
 
-class RecommendBody(Body):
-    """POST /v1/recommend."""
+class PageBody(Body):
+    """What every request for a page says: for whom, in which circumstances, and how it is to be answered."""
 
     user_id: Id
     """The user, known or not. 196 and "196" are one user."""
-    k: int = Field(default=10, strict=True)
-    """How many items, 1 to 1,000."""
     context: Scalars = Field(default_factory=dict)
     """Raw values of context columns, as device or page."""
     features: Scalars = Field(default_factory=dict)
     """Raw values of user columns; they override what is known of the user."""
+    request_id: Id | None = None
+    """Echoed in the answer; made up if absent."""
+    variant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """What the request is a part of, such as an arm of an experiment: echoed, and logged with the page. As configured if absent."""
+    timeout_ms: float | None = Field(default=None, gt=0)
+    """A sooner deadline than the service's own."""
+
+
+class RecommendBody(PageBody):
+    """POST /v1/recommend."""
+
+    k: int = Field(default=10, strict=True)
+    """How many items, 1 to 1,000."""
     exclude: list[Id] = Field(default_factory=list)
     """Items that must not come back; unknown ids are ignored."""
     filter: dict[str, Any] = Field(default_factory=dict, examples=[{"genres": ["Comedy", "Drama"], "price": {"min": 5, "max": 20}}])
@@ -99,33 +110,15 @@ class RecommendBody(Body):
     """Items at fixed places, if they may be shown to this user; before the pins of the configuration."""
     explain: bool = False
     """Add each item's rank and score at every stage, which rule moved it, and with what probability it stands where it does."""
-    request_id: Id | None = None
-    """Echoed in the answer; made up if absent."""
-    variant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    """What the request is a part of, such as an arm of an experiment: echoed, and logged with the page. As configured if absent."""
-    timeout_ms: float | None = Field(default=None, gt=0)
-    """A sooner deadline than the service's own."""
 
 
-class RankBody(Body):
+class RankBody(PageBody):
     """POST /v1/rank."""
 
-    user_id: Id
-    """The user, known or not."""
     item_ids: list[Id]
     """The items to score, at most 1,000; unknown ones are left out of the answer."""
-    context: Scalars = Field(default_factory=dict)
-    """Raw values of context columns."""
-    features: Scalars = Field(default_factory=dict)
-    """Raw values of user columns; they override what is known of the user."""
     explain: bool = False
     """Add each item's rank and score at every stage."""
-    request_id: Id | None = None
-    """Echoed in the answer; made up if absent."""
-    variant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    """What the request is a part of, such as an arm of an experiment: echoed, and logged with the page. As configured if absent."""
-    timeout_ms: float | None = Field(default=None, gt=0)
-    """A sooner deadline than the service's own."""
 
 
 class EventBody(Body):

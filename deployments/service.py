@@ -27,6 +27,7 @@ from deployments.schemas import (
     EXCLUDE,
     RANK,
     RECOMMEND,
+    PageBody,
     RankBody,
     RecommendBody,
     check_id,
@@ -364,7 +365,7 @@ class Service:
     def _deadline(self, wanted_ms: float | None) -> Deadline:
         return Deadline.after(min(wanted_ms or self.config.deadline_ms, self.config.deadline_ms) / 1000)
 
-    def _check(self, body: RecommendBody | RankBody) -> None:
+    def _check(self, body: PageBody) -> None:
         check_id("user_id", body.user_id, self.config.limits)
         if body.request_id is not None:
             check_id("request_id", body.request_id, self.config.limits)
