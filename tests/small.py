@@ -17,6 +17,7 @@ from recsys.batches import Examples
 from recsys.config import Config, load
 from recsys.evaluate import evaluate_funnel
 from recsys.export import save_model
+from recsys.funnel import Funnel
 from recsys.prepared import Prepared, prepare
 from recsys.recipe import Recipe
 from recsys.training import ModelConfig, TrainingConfig, describe, train_locally
@@ -84,6 +85,16 @@ def recipe_of(config: Config, prepared: Prepared | None = None) -> Recipe:
         return out
 
     return Recipe(config, prepared or prepare(config), Path(config.root), train)
+
+
+def bundled(folder: Path, *settings: str) -> tuple[Recipe, Funnel, Path]:
+    """Data, recipe, the funnel that it ends with, and the bundle that this was packed into; all in `folder`."""
+    write_data(folder)
+    steps = recipe_of(config_of(folder, *settings))
+    final, bundle = steps.final(), folder / "bundle"
+    bundle.mkdir()
+    packing.pack(final, bundle, tower=steps.final_tower, ranker=steps.ranker)
+    return steps, final, bundle
 
 
 def publish(config: Config, registry: Registry) -> str:

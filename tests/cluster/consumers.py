@@ -201,6 +201,12 @@ async def drained(ingest: Ingest) -> None:
     await ingest.count_items()
 
 
+async def archived_all(ingest: Ingest) -> None:
+    """Step by hand until nothing is left and all of it is in Parquet."""
+    await drained(ingest)
+    await ingest.archiving.all()
+
+
 async def until(what, *, patience_s: float = 20.0):
     """Wait for a coroutine function to say yes."""
     deadline = asyncio.get_running_loop().time() + patience_s

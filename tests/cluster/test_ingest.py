@@ -21,6 +21,7 @@ from tests.cluster.consumers import (
     END,
     PLAN,
     archived,
+    archived_all,
     batch_road,
     config_of,
     drained,
@@ -40,8 +41,7 @@ def test_counters_in_the_store_are_those_of_the_streaming_road(url, tmp_path):
     async def scenario():
         await told(config, url, some_events(300))
         ingest = Ingest(config, url, load)
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         await same_as_the_batch_road(config, url, tmp_path)
         await ingest.close()
 
@@ -73,8 +73,7 @@ def test_duplicates_late_events_and_random_kills_change_nothing(url, tmp_path):
             kills += 1
         await asyncio.sleep(0.1)
         last = Ingest(config_of(tmp_path, prefix=config.store.prefix, keep_h=1.0), url, load)
-        await drained(last)
-        await last.archiving.all()
+        await archived_all(last)
         await last.close()
         await same_as_the_batch_road(config, url, tmp_path)
         return kills
@@ -125,8 +124,7 @@ def test_a_step_whose_answer_was_lost_is_not_applied_twice(url, tmp_path):
             await ingest.count_users()
         ingest.held.store.apply = apply
         await drained(ingest)
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         await same_as_the_batch_road(config, url, tmp_path)
         assert (await ingest.held.store.heads([0]))[0].rows == 7
         await ingest.close()
@@ -158,8 +156,7 @@ def test_what_cannot_be_read_is_a_dead_letter_with_its_reason_and_stops_nobody(u
             await redis.xadd(f"{config.store.prefix}:{{0}}:log", {"e": record})
         await told(config, url, good[1:])
         ingest = Ingest(config, url, load)
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         (head,) = await ingest.held.store.heads([0])
         assert (head.rows, head.dead, head.n) == (3, len(poison), 3 + len(poison))
         letters = await dead_letters(config, redis, 100)

@@ -16,8 +16,8 @@ from recsys.data import event_files
 from recsys.errors import StoreUnavailableError
 from tests.cluster.consumers import (
     archived,
+    archived_all,
     config_of,
-    drained,
     each_is_in_parquet_once,
     load,
     same_as_the_batch_road,
@@ -85,8 +85,7 @@ def test_a_store_that_was_emptied_goes_on_behind_what_is_in_parquet(tmp_path):
         for some in (events[:40], events[40:]):
             await told(config, url, some)
             ingest = Ingest(config, url, load)
-            await drained(ingest)
-            await ingest.archiving.all()
+            await archived_all(ingest)
             await ingest.close()
             status = IngestStatus(config, url)
             said = await status.read()
@@ -165,8 +164,7 @@ def test_an_event_ahead_of_the_clock_counts_at_its_time_and_spoils_nothing_behin
     async def scenario(url):
         await told(config, url, events)
         ingest = Ingest(config, url, load)
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         await ingest.close()
         await same_as_the_batch_road(config, url, tmp_path, at=now / 1000 + 400)
 

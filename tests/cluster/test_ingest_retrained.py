@@ -20,7 +20,7 @@ from recsys.features.generate import Instant
 from recsys.features.groups import Plan, Row, compiled
 from recsys.features.store import NewEvent
 from recsys.features.stream import Stream
-from tests.cluster.consumers import COLUMNS, DATA, ITEMS, USERS, config_of, drained, told
+from tests.cluster.consumers import COLUMNS, DATA, ITEMS, USERS, archived_all, config_of, drained, told
 
 START = 1_600_000_000.0
 OLD = {"user_n": {"kind": "count", "key": "user"}, "item_n": {"kind": "count", "key": "item"}}
@@ -89,8 +89,7 @@ def test_each_event_counts_once_when_a_retrained_version_takes_over(url, tmp_pat
         taken = {p: o.archive.manifest.n for p, o in ingest.held.owned.items()}
         retrained = version("v2", declared, 5, Covered(taken))  # 2 of the file, 3 of the log
         await told(config, url, clicks(3, 4))
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         swap(ingest, retrained)
         await ingest.reload()
         await told(config, url, clicks(7, 1))
@@ -195,15 +194,13 @@ def test_a_declaration_that_goes_and_comes_back_is_not_behind(url, tmp_path):
     async def scenario():
         ingest = Ingest(config, url, lambda held: FIRST if held != "v1" else None)
         await told(config, url, clicks(0, 3))
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         second = version("v2", NEW, 5, Covered({0: 3}))
         for turn, (counting, declared) in enumerate(((second, NEW), (FIRST, OLD), (second, NEW))):
             swap(ingest, counting)
             await ingest.reload()
             await told(config, url, clicks(3 + turn, 1))
-            await drained(ingest)
-            await ingest.archiving.all()
+            await archived_all(ingest)
             assert await counted(config, url, declared) == dict.fromkeys(declared, 6.0 + turn)
         await ingest.close()
 

@@ -13,7 +13,15 @@ from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
 from cluster.redis_store import connected
 from recsys.errors import ConfigError, StoreUnavailableError
 from recsys.ingest_config import KafkaLogConfig
-from tests.cluster.consumers import config_of, drained, each_is_in_parquet_once, load, same_as_the_batch_road, some_events, until
+from tests.cluster.consumers import (
+    archived_all,
+    config_of,
+    each_is_in_parquet_once,
+    load,
+    same_as_the_batch_road,
+    some_events,
+    until,
+)
 
 admin = pytest.importorskip("confluent_kafka.admin", reason="optional: pip install confluent-kafka")
 PARTITIONS = 4
@@ -67,8 +75,7 @@ def test_events_told_again_and_consumers_that_die_change_nothing(broker, url, tm
         reader = KafkaLog(log, PARTITIONS)
 
         async def caught_up():
-            await drained(ingests[1])
-            await ingests[1].archiving.all()
+            await archived_all(ingests[1])
             said = await status(config, redis, reader)
             return (sum(s.events for s in said), sum(s.lag for s in said), sum(s.parquet_lag for s in said)) == (140, 0, 0)
 

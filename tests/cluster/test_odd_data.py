@@ -136,19 +136,21 @@ def test_an_item_file_with_missing_rows_cells_and_items_nobody_had(tmp_path):
     assert len(page) == 5
 
 
-def test_labels_that_are_all_positive(tmp_path):
-    rows = [f"u{u},i{i},{START + n * DAY + u},1" for u, i, n in clicks()]
+def labelled(folder: Path, label: int) -> Config:
+    """A log of impressions with this one label on every row."""
+    rows = [f"u{u},i{i},{START + n * DAY + u},{label}" for u, i, n in clicks()]
     data = "labels: {click: {column: is_click}}\n  impressions: true"
-    config = config_of(tmp_path, "user_id,item_id,ts,is_click", rows, log=TIMED, data=data)
-    (page,) = lived_through(config, "u1")
+    return config_of(folder, "user_id,item_id,ts,is_click", rows, log=TIMED, data=data)
+
+
+def test_labels_that_are_all_positive(tmp_path):
+    (page,) = lived_through(labelled(tmp_path, 1), "u1")
     assert len(page) == 5
 
 
 def test_labels_without_a_positive_are_refused(tmp_path):
-    rows = [f"u{u},i{i},{START + n * DAY + u},0" for u, i, n in clicks()]
-    data = "labels: {click: {column: is_click}}\n  impressions: true"
     with pytest.raises(DataError, match=r"no positive among them. Check data.labels"):
-        lived_through(config_of(tmp_path, "user_id,item_id,ts,is_click", rows, log=TIMED, data=data), "u1")
+        lived_through(labelled(tmp_path, 0), "u1")
 
 
 @pytest.mark.parametrize(

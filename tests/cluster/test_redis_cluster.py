@@ -24,7 +24,7 @@ from cluster.snapshots import SnapshotReader
 from recsys.errors import ConfigError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
 from recsys.features.store import StoreConfig
-from tests.cluster.consumers import config_of, drained, load, same_as_the_batch_road, some_events, told
+from tests.cluster.consumers import archived_all, config_of, load, same_as_the_batch_road, some_events, told
 from tests.cluster.test_redis_items import ItemLogContract
 from tests.contracts_store import FeatureStoreContract, event
 
@@ -95,8 +95,7 @@ def test_consumers_count_archive_trim_and_publish_as_on_one_server(url, tmp_path
     async def scenario():
         await told(config, url, some_events(120))
         ingest = Ingest(config, url, load)
-        await drained(ingest)
-        await ingest.archiving.all()
+        await archived_all(ingest)
         await same_as_the_batch_road(config, url, tmp_path)
         assert await ingest.publish() == 3
         client = connected(url)

@@ -15,7 +15,7 @@ from recsys.data.leaks import separation
 from recsys.errors import ConfigError, DataError
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import Prepared, prepare
-from tests.small import YAML, config_of, recipe_of, write_data
+from tests.small import YAML, bundled, config_of, write_data
 
 AGGREGATES = {
     "item_n": {"kind": "count", "key": "item", "window": "30d"},
@@ -34,15 +34,7 @@ AGGREGATES = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("live")
-    write_data(folder)
-    config = config_of(folder, f"features.aggregates={json.dumps(AGGREGATES)}")
-    steps = recipe_of(config)
-    final = steps.final()
-    bundle = folder / "bundle"
-    bundle.mkdir()
-    packing.pack(final, bundle, tower=steps.final_tower, ranker=steps.ranker)
-    return steps, final, bundle
+    return bundled(tmp_path_factory.mktemp("live"), f"features.aggregates={json.dumps(AGGREGATES)}")
 
 
 def test_a_bundle_goes_on_from_the_states_of_its_training_log(served):

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from recsys import packing
 from recsys.config import Config
 from recsys.data.interactions import Interactions
 from recsys.features.generate import told
@@ -17,19 +16,13 @@ from recsys.funnel import Funnel, FunnelRequest
 from recsys.impressions import impression, picked, table_of
 from recsys.skew import Came, compared
 from tests.recsys.test_features_live import AGGREGATES
-from tests.small import config_of, recipe_of, write_data
+from tests.small import bundled
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("skew")
-    write_data(folder)
-    config = config_of(folder, f"features.aggregates={json.dumps(AGGREGATES)}")
-    steps = recipe_of(config)
-    bundle = folder / "bundle"
-    bundle.mkdir()
-    packing.pack(steps.final(), bundle, tower=steps.final_tower, ranker=steps.ranker)
-    return config, steps.prepared.log, bundle
+    steps, _, bundle = bundled(tmp_path_factory.mktemp("skew"), f"features.aggregates={json.dumps(AGGREGATES)}")
+    return steps.config, steps.prepared.log, bundle
 
 
 def day(config: Config, log: Interactions, funnel: Funnel) -> tuple[list, Interactions]:
