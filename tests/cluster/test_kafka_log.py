@@ -13,15 +13,7 @@ from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
 from cluster.redis_store import connected
 from recsys.errors import ConfigError, StoreUnavailableError
 from recsys.ingest_config import KafkaLogConfig
-from tests.cluster.consumers import (
-    archived_all,
-    config_of,
-    each_is_in_parquet_once,
-    load,
-    same_as_the_batch_road,
-    some_events,
-    until,
-)
+from tests.cluster.consumers import archived_all, config_of, each_is_in_parquet_once, load, same_as_the_batch_road, some_events, until
 
 admin = pytest.importorskip("confluent_kafka.admin", reason="optional: pip install confluent-kafka")
 PARTITIONS = 4
