@@ -16,7 +16,7 @@ from recsys.config import Config
 from recsys.core import canonical_id
 from recsys.data import live_log
 from recsys.data.events import load
-from recsys.errors import BundleError
+from recsys.errors import BundleError, DataError
 from recsys.features.generate import told
 from recsys.funnel import Funnel
 from recsys.skew import Came, Report, compared
@@ -39,9 +39,15 @@ def join(config: Config, console: Console, *, output: Path, folder: str | None, 
     return len(examples)
 
 
-def skew(config: Config, console: Console, *, folder: str | None, events: str | None) -> int:
-    """Print the report by feature; returns the mismatches."""
-    return recomputed(config, console, folder=folder, events=events).mismatches
+def skew(config: Config, console: Console, *, folder: str | None, events: str | None) -> bool:
+    """Print the report by feature; returns whether all agrees. DataError where no logged page holds values to compare."""
+    report = recomputed(config, console, folder=folder, events=events)
+    if not any(found.compared for found in report.features.values()):
+        raise DataError(
+            f"None of {report.pages + report.without:,} logged pages holds a feature value that could be computed once more, so nothing is "
+            "known of skew. Declare features.aggregates, serve a version trained with them, and log pages (serve.impressions.sample)."
+        )
+    return report.mismatches == 0
 
 
 def recomputed(config: Config, console: Console, *, folder: str | None, events: str | None) -> Report:

@@ -22,10 +22,14 @@ class FineRank(Stage):
 
     @staticmethod
     def take(funnel: Funnel, queries: Queries, candidates: Candidates | None) -> Candidates:
-        """Candidates in fine order."""
-        return funnel.fine_rank(queries, needed(candidates))
+        """Candidates in fine order, with what the ranker saw of the pages that will be logged."""
+        out = funnel.fine_rank(queries, needed(candidates))
+        out.used = out.used.where(queries.logged) if out.used is not None else None
+        return out
 
     async def rank(self, version: str, queries: Queries, item_ids: list[list[str]], left_ms: float) -> Candidates:
         """Given items in fine order; unknown ones are left out."""
         funnel = self.rollout.funnel(version)
-        return await self.in_time(lambda: funnel.rank(queries, item_ids), left_ms)
+        out = await self.in_time(lambda: funnel.rank(queries, item_ids), left_ms)
+        out.used = None  # its pages are not logged
+        return out

@@ -18,8 +18,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from deployments.ladder import Shown
-from recsys.core import id_hash
-from recsys.impressions import Impression, Used, impression, picked, table_of
+from recsys.core import Used, id_hash
+from recsys.impressions import Impression, impression, picked, table_of
 from recsys.serve_config import ImpressionsConfig
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class ImpressionLog:
             self.dropped += 1
             return
         rows = shown.funnel.items.rows([item.item_id for item in shown.page])
-        self._waiting.append((shown._replace(queries=None), picked(shown.queries, shown.b, rows)))
+        self._waiting.append((shown._replace(used=None), picked(shown.used, shown.b, rows)))
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._write_on())
 

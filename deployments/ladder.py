@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from deployments.resilience import Deadline, Degraded, Reason, Seldom, called_twice, reason_of
-from recsys.core import Candidates, Queries
+from recsys.core import Candidates, Queries, Used
 from recsys.errors import VersionAbsentError
 from recsys.features.store import UserState
 from recsys.funnel import STAGES, Funnel, FunnelRequest, PageItem
@@ -72,7 +72,7 @@ class Shown(NamedTuple):
 
     row: Row
     page: list[PageItem]
-    queries: Queries | None
+    used: Used | None
     b: int
     funnel: Funnel
     degraded: tuple[Degraded, ...]
@@ -224,11 +224,13 @@ class Ladder:
         if not view.rows or view.queries is None:
             batch.view, batch.step = view, PAGE
             return
-        batch.view, queries = view, view.queries
+        batch.view, queries, candidates = view, view.queries, view.candidates
+        used = candidates.used if candidates is not None else None
+        sent = replace(candidates, used=None) if candidates is not None else None  # the log's values stay here
         started = time.perf_counter()
         try:
             candidates = await called_twice(
-                lambda left_s: call(batch.funnel.version, queries, view.candidates, left_s), batch.deadline().sooner(self._timeout_s[name])
+                lambda left_s: call(batch.funnel.version, queries, sent, left_s), batch.deadline().sooner(self._timeout_s[name])
             )
         except VersionAbsentError:
             raise
@@ -236,6 +238,7 @@ class Ladder:
             self._seldom.warn(name, f"Stage {name} did not deliver; the next rung answers.", error)
             _without(batch, name, reason_of(error))
         else:
+            candidates.used = candidates.used or used
             batch.view, batch.step = _received(view, candidates), batch.step + 1
         finally:
             batch.timings[name] = 1000 * (time.perf_counter() - started)
@@ -245,12 +248,13 @@ class Ladder:
     def _fulfil(self, batch: Batch) -> None:
         if len(batch.view.pages) != len(batch.view.rows):
             batch.view = _taken(batch.funnel, "page", batch.view)
-        _, queries, _, degraded, pages = batch.view
+        _, _, candidates, degraded, pages = batch.view
+        used = candidates.used if candidates is not None else None
         for b, (row, page) in enumerate(zip(batch.view.rows, pages, strict=True)):
             if not row.answer.done():
                 row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings))
                 if row.request_id and self._on_page is not None:
-                    self._on_page(Shown(row, page, queries, b, batch.funnel, degraded))
+                    self._on_page(Shown(row, page, used, b, batch.funnel, degraded))
         if self._on_batch is not None:
             self._on_batch(len(batch.view.rows), batch.timings, degraded)
 
@@ -275,7 +279,9 @@ class Ladder:
 def _taken(funnel: Funnel, name: str, view: View) -> View:
     """The view after one more step."""
     if view.queries is None:
-        return view._replace(queries=funnel.queries([row.request for row in view.rows]))
+        queries = funnel.queries([row.request for row in view.rows])
+        queries.logged = np.array([bool(row.request_id) for row in view.rows])
+        return view._replace(queries=queries)
     if name == "recall":
         return _received(view, funnel.recall(view.queries))
     if view.candidates is None:

@@ -166,7 +166,7 @@ class Queries:
     left; history_times (B, L) Unix seconds (NaN: unknown or empty); exclude (B, E) padded on the right;
     contexts and profiles: B mappings of raw values (a profile overrides the bundle's user columns);
     explain: whether any query asks for the stages' ranks and scores. filters: what each query may be answered with, None where
-    no query asks; `allowed` are the same as bitmaps over the items of one bundle, made where they are needed (`Funnel.recall`)
+    no query asks; logged (B,): whose ranked values are asked for, for the log of impressions; `allowed` are the same as bitmaps over the items of one bundle, made where they are needed (`Funnel.recall`)
     and, like `memo`, never sent anywhere. states: B packed states of users' aggregates, or none; positions (B,): the log
     positions of offline moments, None in service. `memo` keeps what stages of one process derive from
     the batch (encoded features, user vectors) so that it is computed once; it never crosses a process boundary.
@@ -187,6 +187,7 @@ class Queries:
     states: tuple[bytes, ...] = field(default=(), repr=False)
     positions: np.ndarray | None = None
     wishes: tuple[Wishes | None, ...] | None = None
+    logged: np.ndarray | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -259,8 +260,41 @@ class Queries:
             filters=None if self.filters is None else tuple(self.filters[i] for i in at),
             allowed=None if self.allowed is None else self.allowed[at],
             wishes=None if self.wishes is None else tuple(self.wishes[i] for i in at),
+            logged=None if self.logged is None else self.logged[at],
             memo={},
         )
+
+
+class Used(NamedTuple):
+    """The aggregates that the fine ranker saw of R queries of a batch: `rows` (R,) their places in it, items (R, N), fields of
+    the queries (R, ...) and of the pairs (R, N, W), after scaling; and the item snapshot that they are of: its instant, and per
+    partition of the event log the entries counted in it (None: there was none)."""
+
+    rows: np.ndarray
+    items: np.ndarray
+    query_fields: Mapping[str, np.ndarray]
+    pair_fields: Mapping[str, np.ndarray]
+    snapshot_s: float | None
+    snapshot_counted: tuple[int, ...] | None
+
+    def take(self, at: np.ndarray) -> Used:
+        """What was seen of the queries at these places of the batch, which begins anew with them."""
+        place = {int(row): n for n, row in enumerate(self.rows)}
+        held = [(new, place[int(old)]) for new, old in enumerate(at) if int(old) in place]
+        rows, mine = (np.array([pair[side] for pair in held], np.int64) for side in (0, 1))
+        return self._replace(
+            rows=rows,
+            items=self.items[mine],
+            query_fields={n: x[mine] for n, x in self.query_fields.items()},
+            pair_fields={n: x[mine] for n, x in self.pair_fields.items()},
+        )
+
+    def where(self, wanted: np.ndarray | None) -> Used | None:
+        """Of a whole batch, what was seen of the queries that are `wanted` (B,) bool, at their places. None: of none of them."""
+        if wanted is None or not wanted.any():
+            return None
+        rows = np.flatnonzero(wanted)
+        return self.take(rows)._replace(rows=rows)
 
 
 @dataclass(slots=True)
@@ -271,7 +305,8 @@ class Candidates:
     item; channel_ranks (B, N, C) int16, 1 for that channel's first, 0 where it did not recall the item.
     `trail` holds, per stage passed, the (B, N) ranks (int16, 1 is first) and scores of the items still here; it is kept
     only for queries that ask to be explained. `stage` names the stage whose order this is; `lost` the channels that failed;
-    `merged` (B, N) float32 keeps the scores of the merged recall (None: nothing recalled these items).
+    `merged` (B, N) float32 keeps the scores of the merged recall (None: nothing recalled these items). `used`: what the fine
+    ranker saw, for the log of impressions; a fine stage of its own sends it back of `queries.logged` alone.
     """
 
     items: np.ndarray
@@ -283,6 +318,7 @@ class Candidates:
     stage: str = "recall"
     lost: tuple[str, ...] = ()
     merged: np.ndarray | None = None
+    used: Used | None = field(default=None, repr=False, compare=False)
 
     NO_SCORE: ClassVar[np.float32] = np.float32(-np.inf)
 
@@ -352,6 +388,7 @@ class Candidates:
             channel_ranks=self.channel_ranks[at],
             trail={k: (r[at], s[at]) for k, (r, s) in self.trail.items()},
             merged=None if self.merged is None else self.merged[at],
+            used=None if self.used is None else self.used.take(at),
         )
 
     def sources(self, b: int, n: int) -> list[str]:

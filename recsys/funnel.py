@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from recsys import channels
 from recsys.config import Config
-from recsys.core import UNKNOWN, Candidates, Queries, Recaller, Reranker, Vocabulary, load_arrow
+from recsys.core import UNKNOWN, Candidates, Queries, Recaller, Reranker, Used, Vocabulary, load_arrow
 from recsys.delta import Delta, LiveVocabulary, Parts
 from recsys.eligibility import Eligibility
 from recsys.errors import BundleError, RequestError
@@ -160,14 +160,20 @@ class Funnel:
         """The ranker with every feature; scores become probabilities."""
         keep = max(self.config.fine_rank.keep, self._depth(queries))
         candidates = self._eligibility(queries).shown(candidates)
-        return candidates.ranked(self.fine_scores(queries, candidates), keep, stage="fine_rank", explain=queries.explain)
+        scores, used = self._fine(queries, candidates)
+        out = candidates.ranked(scores, keep, stage="fine_rank", explain=queries.explain)
+        out.used = used
+        return out
 
     def fine_scores(self, queries: Queries, candidates: Candidates) -> np.ndarray:
         """(B, N) probabilities of the fine ranker."""
+        return self._fine(queries, candidates)[0]
+
+    def _fine(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, Used | None]:
         if self.ranker is None:
             raise BundleError("This funnel was loaded without its fine stage. Load it with stages=('fine_rank', …).")
         pairs = {EVIDENCE: evidence(candidates)} if any(f.name == EVIDENCE for f in self.ranker.pair_fields) else {}
-        fields = self.user_fields(queries)
+        fields, used = self.user_fields(queries), None
         if self.live is not None:
             before, asked = self.live.snapshot, self.live.query_fields(queries)
             fields = fields | asked
@@ -175,7 +181,8 @@ class Funnel:
             counted = self.live.pair_fields(queries, np.where(candidates.items < len(self.items), candidates.items, UNKNOWN))
             pairs |= counted
             if before is self.live.snapshot:  # for whoever logs the page; not where the snapshot was replaced meanwhile
-                queries.memo["used"] = (candidates.items, asked, counted, before)
+                cut = (None, None) if before is None else (before.at, before.counted)
+                used = Used(np.arange(len(queries)), candidates.items, asked, counted, *cut)
         delta = self._eligibility(queries).delta
         if delta is None:
             logits = self.ranker.score(fields, candidates.items, pairs)
@@ -186,7 +193,7 @@ class Funnel:
             raise BundleError(
                 f"The fine ranker of version {self.version} gave scores that are no numbers. Roll back, then look at its training."
             )
-        return scores
+        return scores, used
 
     def rerank(self, queries: Queries, candidates: Candidates) -> Candidates:
         """The page: at most max(k) items a query; `page` cuts each to its own k."""

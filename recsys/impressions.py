@@ -9,7 +9,7 @@ the page's request and the item. A request counts once, however often its page o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.core import Queries
+from recsys.core import Used
 from recsys.data.logged import CONTEXT, EVENT, ITEM_ID, REQUEST_ID, TIME_MS, USER_ID
 from recsys.data.sources import IMPRESSION
 from recsys.errors import DataError
 from recsys.features.records import counted_to
-from recsys.features.states import ItemSnapshot
 from recsys.funnel import FunnelRequest, PageItem
 
 FORMAT = "2"
@@ -56,16 +55,6 @@ the user's own counters (null: training log, -1: nobody knows). query_features: 
 item, one item after the other. Values are the ranker's inputs, after scaling."""
 
 
-class Used(NamedTuple):
-    """The aggregates that the fine ranker saw of a batch: items (B, N), fields of the queries (B, …) and of the pairs (B, N, W),
-    and the item snapshot that they are of."""
-
-    items: np.ndarray
-    query_fields: Mapping[str, np.ndarray]
-    pair_fields: Mapping[str, np.ndarray]
-    snapshot: ItemSnapshot | None
-
-
 class Impression(NamedTuple):
     """One page as it is logged; the columns of SCHEMA."""
 
@@ -88,17 +77,20 @@ class Impression(NamedTuple):
     item_features: list[tuple[str, list[float]]]
 
 
-def picked(queries: Queries | None, row: int, items: np.ndarray) -> Used | None:
-    """What the ranker saw of the page `items` (k,) of one query of a batch, by itself: the batch need not be kept. None: it saw nothing."""
-    held = queries.memo.get("used") if queries is not None else None
-    if held is None:
+def picked(used: Used | None, row: int, items: np.ndarray) -> Used | None:
+    """What the ranker saw of the page `items` (k,) of one query of a batch, by itself: the batch need not be kept. None: it saw nothing.
+
+    Its fields are of that query alone: of the query (...), of the pairs (k, W).
+    """
+    if used is None or not (at := np.flatnonzero(used.rows == row)).size:
         return None
-    seen = Used(*held)
-    slot = {int(item): n for n, item in enumerate(seen.items[row]) if item >= 0}
-    at = [slot.get(int(item), -1) for item in items]
+    r = int(at[0])
+    slot = {int(item): n for n, item in enumerate(used.items[r]) if item >= 0}
+    slots = [slot.get(int(item), -1) for item in items]
     # An item that the ranker did not score, such as a pin, has no values: nor has its page then.
-    pairs = {n: np.array(x[row, at], np.float32) for n, x in seen.pair_fields.items()} if at and min(at) >= 0 else {}
-    return Used(items, {n: np.array(x[row], np.float32) for n, x in seen.query_fields.items()}, pairs, seen.snapshot)
+    pairs = {n: np.array(x[r, slots], np.float32) for n, x in used.pair_fields.items()} if slots and min(slots) >= 0 else {}
+    asked = {n: np.array(x[r], np.float32) for n, x in used.query_fields.items()}
+    return used._replace(rows=np.zeros(1, np.int64), items=items, query_fields=asked, pair_fields=pairs)
 
 
 def impression(
@@ -114,7 +106,7 @@ def impression(
     """The record of one answered page; `seen` is of `picked`."""
     queried = [(n, x.reshape(-1).tolist()) for n, x in seen.query_fields.items()] if seen is not None else []
     paired = [(n, x.reshape(-1).tolist()) for n, x in seen.pair_fields.items()] if seen is not None else []
-    n, snapshot = len(page), None if seen is None else seen.snapshot
+    n = len(page)
     return Impression(
         request_id,
         request.user_id,
@@ -128,8 +120,8 @@ def impression(
         list(range(1, n + 1)),
         [item.propensity for item in page],
         [item.score for item in page],
-        None if snapshot is None else snapshot.at,
-        None if snapshot is None else snapshot.counted,
+        None if seen is None else seen.snapshot_s,
+        None if seen is None else seen.snapshot_counted,
         None if not request.counters else -1 if (counted := counted_to(request.counters)) is None else counted,
         queried,
         paired,

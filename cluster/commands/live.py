@@ -40,13 +40,13 @@ def skew(
 ) -> None:
     """Compute the logged feature values once more from the log, as of what each page knew, and report what differs.
 
-    None is expected. Exit code 1 where there is any.
+    None is expected. Exit code 1 where there is any, 2 where no page could be compared.
 
     Example: rayfunnel skew -c configs/kuairand_live.yaml
     """
     from cluster import impressions_report
 
-    if impressions_report.skew(load(config, settings), out, folder=folder, events=events):
+    if not impressions_report.skew(load(config, settings), out, folder=folder, events=events):
         raise typer.Exit(1)
 
 

@@ -65,7 +65,8 @@ def test_pages_and_clicks_become_examples(config, tmp_path):
 
 def test_a_version_without_aggregates_and_one_that_is_gone_are_told(config):
     told = Console(record=True, width=160)
-    assert impressions_report.skew(config, told, folder=None, events=None) == 0
+    with pytest.raises(DataError, match="None of 1 logged pages holds a feature value"):
+        impressions_report.skew(config, told, folder=None, events=None)
     text = told.export_text()
     assert "v000099-00000000 is not in the registry any more" in text
     assert "0 pages compared, 1 without values: 0 mismatches" in text

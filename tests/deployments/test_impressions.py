@@ -1,16 +1,20 @@
 """The log of impressions of a replica: sampled by request, bounded, whole files, and never in the way of an answer."""
 
 import asyncio
+from types import SimpleNamespace
 
+import numpy as np
 import orjson
 import pytest
 
+from deployments.fine_rank import FineRank
 from deployments.impressions import ImpressionLog, sampled
 from deployments.rollout import Rollout, loader
 from deployments.service import Service
+from recsys.core import Candidates, Used
 from recsys.features.store import MemoryStore
 from recsys.funnel import STAGES
-from recsys.impressions import read
+from recsys.impressions import picked, read
 from recsys.serve_config import ImpressionsConfig, ServeConfig
 from tests.small import Small
 
@@ -79,3 +83,21 @@ def test_a_disk_that_refuses_costs_impressions_not_answers(rollout, tmp_path, ca
     assert all(len(answer["items"]) == 4 for answer in told)
     assert log.state()["failed"] == 3
     assert "could not be written" in caplog.text
+
+
+@pytest.mark.parametrize(("logged", "rows"), [([False, True, True], [1, 2]), ([False, False, False], None)])
+def test_a_fine_stage_of_its_own_sends_values_of_logged_pages_alone(logged, rows):
+    ranked = Candidates.given(np.array([[4, 5], [6, 7], [8, 9]], np.int32), ())
+    price = np.arange(6.0).reshape(3, 2, 1)
+    ranked.used = Used(np.arange(3), ranked.items, {"age": np.array([[1.0], [2.0], [3.0]])}, {"price": price}, 5.0, (7, 9))
+    queries = SimpleNamespace(logged=np.array(logged))
+    sent = FineRank.take(SimpleNamespace(fine_rank=lambda *_: ranked), queries, ranked).used
+    if rows is None:
+        assert sent is None
+        return
+    assert sent.rows.tolist() == rows
+    seen = picked(sent, 2, np.array([9, 8]))
+    assert seen.query_fields["age"].tolist() == [3.0]
+    assert seen.pair_fields["price"].tolist() == [[5.0], [4.0]]
+    assert (seen.snapshot_s, seen.snapshot_counted) == (5.0, (7, 9))
+    assert picked(sent, 0, np.array([4])) is None

@@ -1,5 +1,6 @@
 """Skew: values logged through a simulated day are those of the log, and a bug in one road is named by feature."""
 
+import copy
 import dataclasses
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from recsys.config import Config
+from recsys.core import Candidates, Queries
 from recsys.data.interactions import Interactions
 from recsys.features.generate import told
 from recsys.features.groups import Row
@@ -48,8 +50,9 @@ def day(config: Config, log: Interactions, funnel: Funnel) -> tuple[list, Intera
             counters = stream.pack(stream.of_user.get(asker, {})) + counted_field(n + 1)[COUNTED]
             request = FunnelRequest(asker, 5, at + 30.0 + float(rng.random()), context=context, counters=counters)
             queries = funnel.queries([request])
-            page = funnel.page(queries, funnel.recommend(queries))[0]
-            seen = picked(queries, 0, funnel.items.rows([i.item_id for i in page]))
+            candidates = funnel.recommend(queries)
+            page = funnel.page(queries, candidates)[0]
+            seen = picked(candidates.used, 0, funnel.items.rows([i.item_id for i in page]))
             pages.append(impression(request, f"r{n}", page, seen, version=funnel.version))
     users, items, times, devices = zip(*events, strict=True)
     whole = dataclasses.replace(
@@ -126,3 +129,33 @@ def test_pages_of_other_versions_and_without_values_are_counted_not_compared(ser
     other = bare._replace(request_id="r2", model_version="v9")
     report = compared(table_of([bare, other]), funnel, Came.of_files(log, told(log, config.history)))
     assert (report.pages, report.without, report.mismatches) == (0, 1, 0)
+
+
+def test_a_fine_stage_of_its_own_sends_back_what_it_saw_of_logged_pages_alone(served):
+    funnel = Funnel.load(served[2])
+    at = float(served[1].time.max()) + 60
+    requests = [FunnelRequest(f"u{n}", 5, at, context={"device": "web"}) for n in range(3)]
+
+    def recalled() -> tuple[Queries, Candidates]:
+        queries = funnel.queries(requests)
+        queries.logged = np.array([False, True, True])
+        return queries, funnel.coarse_rank(queries, funnel.recall(queries))
+
+    here = funnel.fine_rank(*recalled()).used
+    queries, candidates = copy.deepcopy(recalled())  # what crosses to another process, and what does not
+    assert queries.memo == {}
+    ranked = funnel.fine_rank(queries, candidates)
+    ranked.used = ranked.used.where(queries.logged)
+    assert ranked.used.rows.tolist() == [1, 2]
+    later = ranked.take([2, 0])  # row 1 was answered meanwhile; row 2 is the first now
+    assert later.used.rows.tolist() == [0]
+    wanted = ranked.items[2, :4]
+    there, same = picked(later.used, 0, wanted), picked(here, 2, wanted)
+    assert there.query_fields.keys() == same.query_fields.keys() != set()
+    assert there.pair_fields.keys() == same.pair_fields.keys() != set()
+    for name, values in {**same.query_fields, **same.pair_fields}.items():
+        np.testing.assert_array_equal({**there.query_fields, **there.pair_fields}[name], values)
+    assert (there.snapshot_s, there.snapshot_counted) == (same.snapshot_s, same.snapshot_counted)
+    assert picked(later.used, 1, wanted) is None  # nobody asked for its values
+    assert here.where(np.zeros(3, bool)) is None
+    assert here.where(None) is None
