@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 
 from cluster.event_log import Entry, EventLog
-from cluster.owned import Holding, Owned, Taken
+from cluster.owned import Holding, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
 from recsys.data.event_files import Written, opened, pages, partition_manifest
 from recsys.features.counting import Counting, home
@@ -86,8 +86,12 @@ class CatchUp:
                 request_id=r["request_id"],
                 context=orjson.loads(r["context"] or b"{}"),
             )
-            row = counting.read(event, r["position"] * self._held.partitions + source)
-            out.append(Taken(Entry("", b"", r["logged_ms"]), event, r["position"], row))
+            try:
+                row = counting.read(event, r["position"] * self._held.partitions + source)
+            except Exception as fault:  # noqa: BLE001  one event must not stop its partition
+                self._pass_over(source, r["position"], fault)
+            else:
+                out.append(Taken(Entry("", b"", r["logged_ms"]), event, r["position"], row))
         return out
 
     # ---- users ----------------------------------------------------------------------------------------------------------
@@ -110,8 +114,11 @@ class CatchUp:
                     behind[user_id] = Behind(lacking, counting.seeds(user_id, lacking))
                 for t in taken:
                     one = behind[t.event.user_id]
-                    if touched := [x for x in counting.of_user(t.row) if x[0] in one.lacking]:
-                        counting.add_user(one.states, touched)
+                    try:
+                        if touched := [x for x in counting.of_user(t.row) if x[0] in one.lacking]:
+                            counting.add_user(one.states, touched)
+                    except Exception as fault:  # noqa: BLE001  likewise
+                        self._pass_over(partition, t.n, fault)
         to = counted_field(owned.claim.n)
         changes = [
             UserChange(u, False, counting.user_change(b.states, list(b.states), ()).fields | to) for u, b in behind.items() if b.states
@@ -135,9 +142,16 @@ class CatchUp:
         for source, upto in read.items():
             async for taken in self.rows(counting, source, counting.covered, upto):
                 for t in taken:
-                    for number, key, event in counting.of_items(t.row):
-                        if number in lacking and home(key, self._held.partitions) == partition:
-                            counting.add_item(states, number, key, event)
+                    try:
+                        for number, key, event in counting.of_items(t.row):
+                            if number in lacking and home(key, self._held.partitions) == partition:
+                                counting.add_item(states, number, key, event)
+                    except Exception as fault:  # noqa: BLE001  likewise
+                        self._pass_over(source, t.n, fault)
+
+    def _pass_over(self, source: int, n: int, fault: Exception) -> None:
+        """Say which event is not counted: it is long past the hop that would put it among the dead letters."""
+        log.warning("ingest partition=%d entry=%d is passed over in catching up: %s", source, n, uncounted(fault))
 
 
 def _wanted(taken: list[Taken], source: int, covered: Covered, first: int, upto: int) -> list[Taken]:

@@ -117,13 +117,21 @@ class Ingest:
             wait = every_s if await self._well(name, work) else max(every_s, 0.2)
 
     async def _well(self, name: str, work: Callable[[], Awaitable[Any]]) -> bool:
-        """Whether it went well; a fault is told once in ten seconds, and everything is tried again."""
+        """Whether it went well; a fault is told once in ten seconds, and everything is tried again.
+
+        What nobody foresaw as well: a task that ended would leave its partitions to nobody, as their leases are still renewed; and
+        the next owner would meet the same entries. What is held in memory is read anew after any fault.
+        """
         try:
             await work()
-        except _FAULTS as fault:
-            if time.monotonic() - self._warned.get(name, -math.inf) > 10.0:
-                self._warned[name] = time.monotonic()
-                log.warning("ingest %s: %s It is tried again.", name, fault or type(fault).__name__)
+        except Exception as fault:
+            kind = f"{name} {type(fault).__name__}"
+            if time.monotonic() - self._warned.get(kind, -math.inf) > 10.0:
+                self._warned[kind] = time.monotonic()
+                if isinstance(fault, _FAULTS):
+                    log.warning("ingest %s: %s It is tried again.", name, fault or type(fault).__name__)
+                else:
+                    log.exception("ingest %s: this should not happen. It is tried again.", name)
             return False
         return True
 

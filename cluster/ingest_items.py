@@ -8,18 +8,21 @@ the log is all that the hops need to hand over.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Sequence
 
 from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog
-from cluster.owned import Holding, Owned
+from cluster.owned import Holding, Owned, uncounted
 from cluster.partition import ItemStep
 from recsys.features.counting import Counting, home
 from recsys.features.covered import packed_since, unpacked_since
 from recsys.features.snapshot import packed_snapshot
 from recsys.features.stream import Key, States
+
+log = logging.getLogger(__name__)
 
 Name = tuple[int, Key]
 
@@ -61,17 +64,16 @@ class ItemHop:
                 entries = batch.entries
                 for taken in batch.taken:
                     try:
-                        touched = counting.of_items(taken.row)
-                    except Exception:  # noqa: BLE001, S112  the first hop has put it among the dead letters
-                        continue
-                    for number, key, event in touched:
-                        p = home(key, held.partitions)
-                        if p not in mine or taken.n < before[p][s][1]:
-                            continue
-                        began = mine[p].since.get(counting.item_records.marks[number])
-                        if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
-                            counting.add_item(states[p], number, key, event)
-                            changed[p].add((number, key))
+                        for number, key, event in counting.of_items(taken.row):
+                            p = home(key, held.partitions)
+                            if p not in mine or taken.n < before[p][s][1]:
+                                continue
+                            began = mine[p].since.get(counting.item_records.marks[number])
+                            if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
+                                counting.add_item(states[p], number, key, event)
+                                changed[p].add((number, key))
+                    except Exception as fault:  # noqa: BLE001  one event must not stop the item side; the first hop buries what it meets
+                        log.debug("ingest partition=%d entry=%d at the item side: %s", s, taken.n, uncounted(fault))
                 end = starts[s][1] + len(entries)
                 for p, owned in mine.items():
                     if before[p][s][1] < end:

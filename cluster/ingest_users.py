@@ -74,10 +74,10 @@ class UserHop:
             return {user: Known({}, seeded=True) for user in users}
         found: dict[tuple[int, str], Known] = {}
         for p, user_id in users:
-            cache = held.owned[p].users
-            if user_id in cache:
-                cache.move_to_end(user_id)
-                found[p, user_id] = cache[user_id]
+            owned = held.owned.get(p)  # it may have gone while its entries were read: then the step is fenced, or still ours to make
+            if owned is not None and (known := owned.users.get(user_id)) is not None:
+                owned.users.move_to_end(user_id)
+                found[p, user_id] = known
         absent = [user for user in users if user not in found]
         for (p, user_id), values in zip(absent, await held.store.counters(absent) if absent else [], strict=True):
             states = counting.user_states(values)

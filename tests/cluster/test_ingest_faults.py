@@ -172,6 +172,78 @@ def test_an_event_ahead_of_the_clock_counts_at_its_time_and_spoils_nothing_behin
         asyncio.run(scenario(server.url))
 
 
+def test_what_nobody_foresaw_is_told_with_its_traceback_and_stops_no_task(url, tmp_path, caplog):
+    """Leases are renewed by a task of their own: a task that ended would leave its partitions to nobody."""
+    config = config_of(tmp_path)
+    events = some_events(40)
+
+    async def scenario():
+        await told(config, url, events)
+        ingest = Ingest(config, url, load)
+        broken = {"users": (ingest._users, "step"), "items": (ingest._items, "step"), "parquet": (ingest.archiving, "write")}
+        for name, (part, method) in broken.items():
+            setattr(part, method, failing_once(name, getattr(part, method)))
+        run = asyncio.create_task(ingest.run())
+        status = IngestStatus(config, url)
+
+        async def caught_up():
+            said = await status.read()
+            return said["events"] == 40 and not (said["lag"] or said["items_lag"] or said["parquet_lag"])
+
+        await until(caught_up)
+        ingest.stop()
+        await run
+        await status.close()
+        await same_as_the_batch_road(config, url, tmp_path)
+
+    def failing_once(name, call):
+        left = [KeyError(f"planted in {name}")]
+
+        async def step(*given, **named):
+            if left:
+                raise left.pop()
+            return await call(*given, **named)
+
+        return step
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(scenario())
+    for name in ("users", "items", "parquet"):
+        assert f"ingest {name}: this should not happen" in caplog.text
+        assert f"KeyError: 'planted in {name}'" in caplog.text, "with its traceback"
+    each_is_in_parquet_once(tmp_path, events)
+
+
+def test_a_partition_that_goes_while_its_entries_are_read_is_left_alone(url, tmp_path):
+    """`lead` gives partitions up while a step awaits the store, as it does for the marks of a log that repeats itself."""
+    config = config_of(tmp_path, partitions=2)
+
+    async def scenario():
+        await told(config, url, some_events(14))
+        ingest, other = Ingest(config, url, load), Ingest(config, url, load)
+        await ingest.lead()
+        batch = ingest.held.batch
+
+        async def slow(partition, n, entries):
+            out = await batch(partition, n, entries)
+            if partition in ingest.held.owned:
+                await ingest.held.store.renew({partition: ingest.held.owned.pop(partition).claim}, 0.0)
+            return out
+
+        ingest.held.batch = slow
+        await ingest.count_users()
+        assert ingest.held.owned == {}
+        await ingest.give_free()
+        await drained(other)
+        await other.archiving.all()
+        await same_as_the_batch_road(config, url, tmp_path)
+        assert sum(h.rows for h in await other.held.store.heads(range(2))) == 14
+        await ingest.close()
+        await other.close()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.ray
 def test_an_actor_that_is_killed_goes_on_where_it_was(ray_cluster, tmp_path):
     import ray

@@ -187,6 +187,41 @@ def test_events_counted_before_there_was_a_version_are_caught_up_with(url, tmp_p
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("where", ["read", "of_user", "of_items", "add_item"])
+def test_an_event_that_a_new_declaration_cannot_take_is_passed_over_in_catching_up(url, tmp_path, caplog, where):
+    """Of 4 clicks, 2 in Parquet and 2 behind it, the version cannot count the second: 2 of the training log and 3 are left."""
+    config = config_of(tmp_path, partitions=1)
+
+    async def scenario():
+        nothing = Counting.of("", None, None, DATA, config.history, trending_half_life_h=6.0)
+        ingest = Ingest(config, url, lambda held: None if held else nothing)
+        await told(config, url, clicks(0, 2))
+        await drained(ingest)
+        await ingest.archiving.all()
+        await told(config, url, clicks(2, 2))
+        await drained(ingest)
+        odd = version("v1", OLD, 2, Covered(None, 1000 * START + 1_000))
+        call = getattr(odd, where)
+
+        def broken(*given):
+            told_at = given[3].time if where == "add_item" else given[0].time_ms / 1000 if where == "read" else given[0].time
+            if told_at == START + 60:
+                raise ZeroDivisionError("planted")
+            return call(*given)
+
+        setattr(odd, where, broken)
+        swap(ingest, odd)
+        await ingest.reload()
+        await drained(ingest)
+        found = await counted(config, url, OLD)
+        await ingest.close()
+        return found
+
+    short = {"read": {"user_n", "item_n"}, "of_user": {"user_n"}, "of_items": {"item_n"}, "add_item": {"item_n"}}[where]
+    assert asyncio.run(scenario()) == {name: 5.0 if name in short else 6.0 for name in OLD}
+    assert "entry=1 is passed over in catching up: It could not be counted (ZeroDivisionError: planted)." in caplog.text
+
+
 def test_a_declaration_that_goes_and_comes_back_is_not_behind(url, tmp_path):
     """v2 counts by shop, v1 does not: what came while v1 was back is counted when v2 is, too."""
     config = config_of(tmp_path, partitions=1)
