@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from cluster.registry import VERSION, Fill, Registry, number_of, parse_aliases
+from cluster.workdir import settle
 from recsys import bundle
 from recsys.bundle import MANIFEST, Manifest
 from recsys.config_faults import redact
@@ -72,13 +74,12 @@ class RemoteRegistry(Registry):
                 return folder
             log.warning("the cached copy of %s is damaged: fetching it again", version)
             _remove(folder)
-        temporary = self.bundles / f"{bundle.UNFINISHED}{version}-{os.getpid()}"
+        temporary = self.bundles / f"{bundle.UNFINISHED}{version}-{uuid.uuid4().hex[:8]}"
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(parents=True)
             self._asked(fs.copy_files, f"{self._path}/bundles/{version}", str(temporary), source_filesystem=self._fs)
             bundle.verify(temporary)
-            with contextlib.suppress(FileExistsError):  # another process of this host was faster
-                temporary.rename(folder)
+            settle(temporary, folder)  # the other processes of this host want it at the same moment
         finally:
             _remove(temporary)
         return folder

@@ -18,7 +18,7 @@ from rich.table import Table
 from cluster.aggregate import Chosen
 from cluster.fetch import fetch as bring
 from cluster.trainers import counting_bar, say, trainer
-from cluster.workdir import NOT_LEARNT_FROM, input_files, state, state_key
+from cluster.workdir import NOT_LEARNT_FROM, input_files, settle, state, state_key
 from recsys.config import Config
 from recsys.data.split import SplitConfig
 from recsys.prepared import Prepared
@@ -58,8 +58,7 @@ def prepare(config: Config, console: Console, *, split: SplitConfig | None = Non
         unfinished.mkdir(parents=True)
         try:
             prepared.save(unfinished)
-            if not folder.exists():
-                unfinished.rename(folder)
+            settle(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     table = Table("rows", "", title=f"{config.name}: {time.perf_counter() - start:.1f} s", header_style="bold", title_justify="left")

@@ -6,6 +6,7 @@ nothing has to be deleted by hand.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -60,3 +61,14 @@ def state(config: Config, part: Literal["data", "examples", "runs"], key: str) -
     if "://" in config.root:
         return Path(tempfile.gettempdir()) / f"rayfunnel-{state_key(config.root)}" / part / key
     return Path(config.place(part)) / key
+
+
+def settle(unfinished: Path, folder: Path) -> bool:
+    """Give a complete folder its name, and say whether it has it: where another process was faster, the other's stays."""
+    try:
+        unfinished.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # which of the two, is the filesystem's choice
+            raise
+        return False
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,9 +95,9 @@ def blend(
         tuple(base.channels), lists(base, about, given), about.relevant, given, config, groups=about.groups, seed=seed, progress=progress
     )
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".blend.json"
+    unfinished = folder / f".blend-{uuid.uuid4().hex[:8]}.json"
     unfinished.write_text(json.dumps(found.as_json(), indent=1))
-    unfinished.rename(kept)
+    unfinished.replace(kept)
     return found
 
 

@@ -234,8 +234,7 @@ def test_a_partition_that_goes_while_its_entries_are_read_is_left_alone(url, tmp
         await ingest.count_users()
         assert ingest.held.owned == {}
         await ingest.give_free()
-        await drained(other)
-        await other.archiving.all()
+        await archived_all(other)
         await same_as_the_batch_road(config, url, tmp_path)
         assert sum(h.rows for h in await other.held.store.heads(range(2))) == 14
         await ingest.close()

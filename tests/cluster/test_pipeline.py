@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ from cluster import evaluation, pipeline
 from cluster.registry_url import open_registry
 from cluster.search import search_config, with_values
 from cluster.steps import prepare as prepare_in_workdir
+from cluster.workdir import settle
 from recsys import packing
 from recsys.config import load
 from recsys.ctr_protocol import judge_ctr
 from recsys.errors import ConfigError, DataError, RequestError
 from recsys.funnel import Funnel
-from recsys.prepared import prepare
+from recsys.prepared import Prepared, prepare
 from recsys.report_page import page
 from tests.small import Small, config_of, recipe_of, write_data
 
@@ -97,6 +100,33 @@ def test_state_is_named_by_what_made_it(tmp_path):
         log.write("u0,i39,1700500000,web\n")
     assert prepare_in_workdir(config, console())[1] != key
     assert prepare_in_workdir(config_of(tmp_path, "features.dim=4"), console())[1] != key
+
+
+def test_two_that_prepare_the_same_data_at_once_both_get_it(tmp_path, monkeypatch):
+    write_data(tmp_path)
+    config, together, save = config_of(tmp_path), threading.Barrier(2), Prepared.save
+
+    def save_together(self, folder):
+        save(self, folder)
+        together.wait(60)
+
+    monkeypatch.setattr(Prepared, "save", save_together)
+    with ThreadPoolExecutor(2) as pool:
+        (first, key), (second, other) = pool.map(lambda _: prepare_in_workdir(config, console()), range(2))
+    assert key == other
+    assert len(first.log) == len(second.log) > 0
+    assert [p.name for p in (tmp_path / "state" / "data").iterdir()] == [key], "nothing unfinished is left"
+
+
+def test_a_complete_folder_takes_its_name_unless_another_has_it(tmp_path):
+    for name in ("ours", "again"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who").write_text(name)
+    assert settle(tmp_path / "ours", tmp_path / "kept")
+    assert not settle(tmp_path / "again", tmp_path / "kept")
+    assert (tmp_path / "kept" / "who").read_text() == "ours"
+    with pytest.raises(FileNotFoundError):
+        settle(tmp_path / "none", tmp_path / "kept")
 
 
 def test_ctr_ranks_the_logs_own_rows(tmp_path):

@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import pyarrow.fs
 import pytest
 
 from cluster.registry import Registry
@@ -262,6 +266,28 @@ def test_another_host_gets_the_version_into_its_own_cache(tmp_path: Path) -> Non
     assert there.list()[0].manifest.metrics == {"auc": 0.5}
     assert not there.bundles.exists()  # listing downloads no bundle
     assert there.local_copy("production") == tmp_path / "there" / "bundles" / version
+
+
+def test_processes_of_one_host_that_fetch_a_version_at_once_all_get_it(tmp_path: Path) -> None:
+    """A stage each, one cache: every one has its whole copy before the first of them gives it its name."""
+    version = RemoteRegistry(f"file://{tmp_path}/remote", tmp_path / "publisher").publish(content("a"))
+    together = threading.Barrier(3)
+
+    class Process(RemoteRegistry):
+        def _asked(self, call: Any, *arguments: Any, **named: Any) -> Any:
+            answer = super()._asked(call, *arguments, **named)
+            if call is pyarrow.fs.copy_files:
+                together.wait(30)
+            return answer
+
+    def fetch(_: int) -> Path:
+        return Process(f"file://{tmp_path}/remote", tmp_path / "cache").local_copy(version)
+
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(fetch, range(3)))
+    assert set(folders) == {tmp_path / "cache" / "bundles" / version}
+    assert json.loads((folders[0] / "sub" / "data.json").read_text()) == "a"
+    assert [p.name for p in folders[0].parent.iterdir()] == [version], "no copy is left behind"
 
 
 def test_an_upload_without_its_manifest_is_not_a_version(tmp_path: Path) -> None:
