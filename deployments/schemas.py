@@ -21,6 +21,8 @@ from recsys.serve_config import LimitsConfig
 
 EXCLUDE = 1_000
 """Most ids of one `exclude`."""
+DEEPEST = 32
+"""Levels of lists and objects in one event, item or user: more than any field takes, and few enough to be walked and shown."""
 
 
 def _outside_id(value: Any) -> str:
@@ -299,7 +301,13 @@ def events_in(raw: bytes) -> Any:
             raise RequestError("malformed_json", f"The body is not valid JSON: {error}.", status=400) from None
 
 
-def _check_text(value: Any, where: str = "") -> None:
+def check_text(value: Any, where: str = "", depth: int = 0) -> None:
+    """Raises RequestError where a parsed row holds text that is no UTF-8, or is nested too deep for what reads it next."""
+    if depth > DEEPEST:
+        subject = f"'{where}'" if where else "A list"
+        raise RequestError(
+            "wrong_type", f"{subject} is nested more than {DEEPEST} deep. Send values that are flat, or one list deep.", field=where or None
+        )
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -311,16 +319,16 @@ def _check_text(value: Any, where: str = "") -> None:
                 ) from None
     elif isinstance(value, dict):
         for name, one in value.items():
-            _check_text(name)
-            _check_text(one, where or name)
+            check_text(name)
+            check_text(one, where or name[:64], depth + 1)
     elif isinstance(value, list):
         for one in value:
-            _check_text(one, where)
+            check_text(one, where, depth + 1)
 
 
 def event_of(raw: Any, limits: LimitsConfig, now_s: float) -> NewEvent:
     """One event of a parsed body. Raises RequestError with the reason for its rejection."""
-    _check_text(raw)
+    check_text(raw)
     try:
         body = EVENT.validate_python(raw)
     except ValidationError as error:
@@ -345,11 +353,18 @@ def _time_ms(given: str | float | None, now_s: float, future_s: float) -> int:
             raise RequestError("bad_time", f"'time' must be ISO 8601 or Unix milliseconds, got '{given[:40]}'.", field="time") from None
         seconds = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     else:
-        seconds = given / 1000
+        try:
+            seconds = given / 1000
+        except OverflowError:  # an integer of hundreds of digits
+            seconds = math.inf if given > 0 else -math.inf
+        if math.isnan(seconds):
+            raise RequestError("bad_time", "'time' must be ISO 8601 or Unix milliseconds, got nan.", field="time")
     if not 0 <= seconds <= now_s + future_s:
         why = "lies in the future" if seconds > now_s else "lies before 1970"
         raise RequestError(
-            "future_time" if seconds > now_s else "bad_time", f"'time' {why}: {given!r}. Send ISO 8601 or Unix milliseconds.", field="time"
+            "future_time" if seconds > now_s else "bad_time",
+            f"'time' {why}: {repr(given)[:40]}. Send ISO 8601 or Unix milliseconds.",
+            field="time",
         )
     return int(seconds * 1000)
 

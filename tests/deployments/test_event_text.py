@@ -47,3 +47,32 @@ def test_clocks_that_disagree_a_little_are_taken_as_they_are_and_far_ones_are_re
     assert event_of(raw | {"time": NOW_MS - 10**10}, limits, now).time_ms == NOW_MS - 10**10, "late is late, not wrong"
     with pytest.raises(RequestError, match="lies in the future"):
         event_of(raw | {"time": NOW_MS + 61_000}, limits, now)
+
+
+@pytest.mark.parametrize(
+    ("part", "code", "field", "text"),
+    [
+        (b'"time": ' + b"9" * 400, "future_time", "time", "'time' lies in the future: 9999"),
+        (b'"time": -' + b"9" * 400, "bad_time", "time", "'time' lies before 1970: -999"),
+        (b'"time": NaN', "bad_time", "time", "'time' must be ISO 8601 or Unix milliseconds, got nan"),
+        (b'"value": ' + b"9" * 400, "wrong_type", "value", "'value': input should be a valid number"),
+        (b'"context": {"a": ' + b"[" * 1000 + b"]" * 1000 + b"}", "wrong_type", "context", "'context' is nested more than 32 deep"),
+        (b'"request_id": ' + b'{"a": ' * 1000 + b"1" + b"}" * 1000, "wrong_type", "request_id", "'request_id' is nested more than 32 deep"),
+    ],
+)
+def test_numbers_and_nesting_beyond_all_measure_are_rejected_singly(part, code, field, text):
+    bad = b'{"user_id": "u", "item_id": "i", "event": "click", ' + part + b"}"
+    first, second = events_in(b"[" + bad + b"," + GOOD + b"]")
+    with pytest.raises(RequestError) as raised:
+        event_of(first, LIMITS, time.time())
+    assert (raised.value.code, raised.value.field) == (code, field)
+    assert str(raised.value).startswith(text)
+    assert len(str(raised.value)) < 200
+    assert event_of(second, LIMITS, time.time()).user_id == "用"
+
+
+def test_a_row_that_is_nothing_but_nesting_is_rejected_too():
+    deep, good = events_in(b"[" + b"[" * 1000 + b"]" * 1000 + b"," + GOOD + b"]")
+    with pytest.raises(RequestError, match="A list is nested more than 32 deep"):
+        event_of(deep, LIMITS, time.time())
+    assert event_of(good, LIMITS, time.time()).user_id == "用"
