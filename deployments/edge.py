@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from deployments.resilience import Seldom
 from deployments.schemas import Accepted, EventBody, FaultAnswer, ItemBody, Kept, Page, RankBody, RecommendBody, UserBody
 from deployments.service import Service
-from recsys.errors import RayfunnelError, RequestError, StoreUnavailableError
+from recsys.errors import RequestError, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,13 @@ class Edge:
     async def _rank(self, raw: bytes, request_id: str) -> Reply:
         return Reply(200, await self._service.rank(raw, request_id))
 
-    async def _events(self, raw: bytes, request_id: str) -> Reply:  # noqa: ARG002  one shape for all handlers
-        return Reply(202, await self._service.events(raw))
+    async def _events(self, raw: bytes, request_id: str) -> Reply:
+        try:
+            return Reply(202, await self._service.events(raw))
+        except StoreUnavailableError as error:
+            _seldom.warn("events", "Events are refused.", error)
+            text = "Events cannot be stored at the moment, so none was taken. Send them again later."
+            return _fault(503, "store_unavailable", text, None, request_id, retry_after_s=1)
 
 
 async def answered(handler: Handler, raw: bytes, request_id: str) -> Reply:
@@ -80,13 +85,9 @@ async def answered(handler: Handler, raw: bytes, request_id: str) -> Reply:
     except RequestError as error:
         return refused(error, request_id)
     except StoreUnavailableError as error:
-        _seldom.warn("events", "Events are refused.", error)
-        text = "Events cannot be stored at the moment, so none was taken. Send them again later."
-        return _fault(503, "store_unavailable", text, None, request_id, retry_after_s=1)
-    except RayfunnelError as error:
-        log.exception("A request could not be answered.")
-        return _fault(503, "unavailable", str(error), None, request_id, retry_after_s=1)
-    except Exception:
+        _seldom.warn("store", "A request needs the store.", error)
+        return _fault(503, "store_unavailable", "The store does not answer at the moment. Try again.", None, request_id, retry_after_s=1)
+    except Exception:  # a RayfunnelError too: its text is for the operator, and may name paths and addresses
         log.exception("A request met a fault of ours.")
         return _fault(503, "unavailable", "The service met a fault. Try again; its log has the details.", None, request_id, retry_after_s=1)
 

@@ -12,7 +12,7 @@ import pytest
 from deployments.edge import Edge
 from deployments.rollout import Rollout
 from deployments.service import Service
-from recsys.errors import StoreUnavailableError
+from recsys.errors import BundleError, StoreUnavailableError
 from recsys.features.store import AppendResult, MemoryStore, NewEvent, UserState
 from recsys.serve_config import ServeConfig
 from tests.deployments.standin import StandIn, StandInRegistry
@@ -468,3 +468,27 @@ class TestTheRest:
         assert heard.status == 503
         assert heard.json["error"]["code"] == "unavailable"
         assert "secret" not in heard.body.decode()
+
+    def test_a_sentence_for_the_operator_stays_in_the_log(self, caplog: Any) -> None:
+        async def damaged() -> dict[str, Any]:
+            raise BundleError("'/srv/registry/aliases.json' is damaged.")
+
+        heard = talk(lambda ask: ask("GET", "/v1/ingest"), ingest_status=damaged)
+        assert (heard.status, heard.json["error"]["message"]) == (503, "The service met a fault. Try again; its log has the details.")
+        assert "/srv/registry" in caplog.text
+
+    def test_a_store_that_is_away_says_so_of_the_question_that_was_asked(self) -> None:
+        async def away() -> dict[str, Any]:
+            raise StoreUnavailableError("The feature store at redis://host did not answer.")
+
+        heard = talk(lambda ask: ask("GET", "/v1/ingest"), ingest_status=away)
+        assert (heard.status, heard.json["error"]["code"], heard.headers["retry-after"]) == (503, "store_unavailable", "1")
+        assert heard.json["error"]["message"] == "The store does not answer at the moment. Try again."
+        told = once("POST", "/v1/events", event(), store=DownStore()).json["error"]["message"]
+        assert told == "Events cannot be stored at the moment, so none was taken. Send them again later."
+
+    def test_a_row_of_the_catalogue_nested_beyond_all_measure_is_rejected_singly(self) -> None:
+        deep = b'{"user_id": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+        heard = once("DELETE", "/v1/users", b"[" + deep + b', {"user_id": "u1"}]')
+        assert (heard.status, heard.json["accepted"]) == (200, 1)
+        assert [(r["index"], r["code"]) for r in heard.json["rejected"]] == [(0, "wrong_type")]
