@@ -51,7 +51,7 @@ class Appender:
             self._round = None
 
     def _taken(self) -> list[_Caller]:
-        taken, n = [self._waiting.popleft()], 0
+        taken = [self._waiting.popleft()]
         n = len(taken[0].events)
         while self._waiting and n + len(self._waiting[0].events) <= self._most:
             taken.append(self._waiting.popleft())
