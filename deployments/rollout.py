@@ -7,6 +7,7 @@ The versions of before stay: a request keeps the version it was given until its 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from recsys.packing import GOLDEN, differences
 
 log = logging.getLogger(__name__)
 
+RETRY_S, RETRY_AT_MOST_S = 5.0, 600.0
+"""After what may pass by itself (a registry that timed out, a full disk) a version is tried again: first after 5 s, then after
+twice as long each time."""
 HELD = 3
 """Versions that a process keeps: the serving one, its predecessor, and a canary or the one before."""
 
@@ -43,6 +47,7 @@ class Rollout:
         self.current = ""
         self.aliases: dict[str, str] = {}
         self.refused: dict[str, str] = {}
+        self._retry: dict[str, tuple[float, float]] = {}
 
     # ---- what is held ---------------------------------------------------------------------------------------------
 
@@ -102,6 +107,7 @@ class Rollout:
         aliases = self._registry.aliases()
         for version in set(self.refused) - set(aliases.values()):
             del self.refused[version]  # it may come back mended
+            self._retry.pop(version, None)
         self.aliases = aliases
         wanted = list(dict.fromkeys(v for a in ("production", "canary", "previous") if (v := aliases.get(a))))
         for version in wanted:
@@ -125,16 +131,24 @@ class Rollout:
     def _take(self, version: str) -> bool:
         if version in self._held:
             return True
-        if version in self.refused:
+        at, pause_s = self._retry.get(version, (math.inf, RETRY_S / 2))
+        if version in self.refused and time.monotonic() < at:
             return False
         started = time.perf_counter()
         try:
             funnel = self._load(self._registry.local_copy(version))
         except Exception as error:
             told = isinstance(error, RayfunnelError)
-            self.refused[version] = str(error) if told else f"{version} cannot be loaded by this code ({type(error).__name__}: {error})"
-            log.exception("Version %s is refused; %s keeps serving.", version, self.current or "nothing")
+            self.refused[version] = str(error) if told else f"{version} cannot be loaded here ({type(error).__name__}: {error})"
+            again = ""
+            if not _lasting(error):
+                pause_s = min(2 * pause_s, RETRY_AT_MOST_S)
+                self._retry[version] = (time.monotonic() + pause_s, pause_s)
+                again = f" It is tried again in {pause_s:g} s."
+            log.exception("Version %s is refused; %s keeps serving.%s", version, self.current or "nothing", again)
             return False
+        self.refused.pop(version, None)
+        self._retry.pop(version, None)
         self._held = {**self._held, version: funnel}
         log.info("version %s loaded in %.1f s", version, time.perf_counter() - started)
         return True
@@ -146,6 +160,11 @@ class Rollout:
                 break
             keep[version] = None
         self._held = {v: f for v, f in self._held.items() if v in keep}
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether the bundle itself was found wanting, and not the way to it: a registry that did not answer is a BundleError by OSError."""
+    return isinstance(error, BundleError) and not isinstance(error.__cause__, OSError)
 
 
 def loader(*stages: str) -> Load:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +67,47 @@ def test_a_refused_version_is_tried_again_once_it_was_promoted_anew() -> None:
     held.named = {"production": V2, "previous": V1}
     rollout.poll()
     assert rollout.current == V2
+
+
+def away() -> BundleError:
+    """What a registry behind a URI says when its store does not answer."""
+    error = BundleError("The registry 's3://b' does not answer (timed out).")
+    error.__cause__ = OSError("timed out")
+    return error
+
+
+@pytest.mark.parametrize("passing", [away(), OSError(28, "No space left on device"), MemoryError()], ids=repr)
+def test_what_may_pass_by_itself_is_tried_again_after_a_growing_pause(monkeypatch: pytest.MonkeyPatch, passing: Exception) -> None:
+    """Polled every second: tried at 0 s, and 5, 10 and 20 s after the try before; at 36 s the way is free, and it waits until 75 s."""
+    now, tried = [1_000.0], []
+    monkeypatch.setattr("deployments.rollout.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: 0.0, time=time.time))
+    held = registry()
+    rollout = started(held)
+    held.held[V2] = passing
+    held.named = {"production": V2, "previous": V1}
+    load = rollout._load
+    rollout._load = lambda folder: tried.append(now[0] - 1_000.0) or load(folder)  # type: ignore[func-returns-value]
+    for second in range(80):
+        now[0] = 1_000.0 + second
+        if second == 36:
+            held.held[V2] = StandIn(V2)
+        rollout.poll()
+        assert (rollout.current, V2 in rollout.refused) == ((V1, True) if second < 75 else (V2, False))
+    assert tried == [0.0, 5.0, 15.0, 35.0, 75.0]
+
+
+def test_a_fault_of_the_bundle_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1_000.0]
+    monkeypatch.setattr("deployments.rollout.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: 0.0, time=time.time))
+    held = registry()
+    rollout = started(held)
+    held.held[V2] = BundleError("'vectors.npy' was changed after it was written")
+    held.named = {"production": V2, "previous": V1}
+    rollout.poll()
+    held.held[V2] = StandIn(V2)
+    now[0] += 1e6
+    rollout.poll()
+    assert rollout.current == V1
 
 
 def test_a_start_on_a_broken_version_serves_the_previous_one() -> None:
