@@ -81,6 +81,8 @@ class CountersFollower:
                     self._seldom.warn("counters", "Item-side counters are stale.", fault)
                 except (RayfunnelError, ValueError, KeyError) as fault:
                     self._seldom.warn("counters", "A snapshot of counters does not fit a loaded version.", fault)
+                except Exception as fault:  # noqa: BLE001  the thread must live: nothing but their age would say that counters stand still
+                    self._seldom.warn("unforeseen", "Item-side counters could not be taken over.", fault, traceback=True)
                 await asyncio.sleep(self._poll_s)
         finally:
             await redis.aclose()

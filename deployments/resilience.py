@@ -82,15 +82,16 @@ class Seldom:
         self._told: dict[str, float] = {}
         self._untold: dict[str, int] = {}
 
-    def warn(self, kind: str, text: str, error: BaseException) -> None:
-        """Warn of `text` and the error, of which others of this kind say the same."""
+    def warn(self, kind: str, text: str, error: BaseException, *, traceback: bool = False) -> None:
+        """Warn of `text` and the error, of which others of this kind say the same; with its traceback where nobody foresaw it."""
         now = time.monotonic()
         if now - self._told.get(kind, -self._every_s) < self._every_s:
             self._untold[kind] = self._untold.get(kind, 0) + 1
             return
         more = self._untold.pop(kind, 0)
         self._told[kind] = now
-        log.warning("%s %s%s", text, error or type(error).__name__, f" (and {more} times since it was last said)" if more else "")
+        again = f" (and {more} times since it was last said)" if more else ""
+        log.warning("%s %s%s", text, error or type(error).__name__, again, exc_info=error if traceback else None)
 
 
 async def called_twice(call: Callable[[float], Awaitable[T]], deadline: Deadline) -> T:

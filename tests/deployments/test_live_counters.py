@@ -1,13 +1,17 @@
 """Item-side counters of several partitions: rankers get them together, as of one instant, and not never where one stays behind."""
 
+import logging
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from deployments import live_counters
 from deployments.live_counters import BEHIND, CountersFollower
+from recsys.config import Config
 from recsys.features.snapshot import Part
 from recsys.ingest_config import IngestConfig
+from tests.cluster.consumers import DATA
 
 
 @pytest.fixture
@@ -50,3 +54,29 @@ def test_a_partition_that_stays_behind_is_waited_for_a_while_and_no_longer(clock
     made.apply(reader(35.0, 35.0))
     made.apply(reader(40.0, 35.0))
     assert len(asked) == 3, "from the next time on they wait for each other again"
+
+
+def test_whatever_a_snapshot_brings_the_thread_goes_on_and_says_so_with_a_traceback(monkeypatch, caplog):
+    """A TypeError, say, of a part that nobody can read: told once, and the next snapshots are taken over."""
+    read, enough = [], threading.Event()
+
+    class Reader:
+        def __init__(self, *_):
+            self.parts = {}
+
+        async def read(self):
+            read.append(1)
+            if len(read) <= 2:
+                raise TypeError("planted")
+            enough.set()
+            return False
+
+    monkeypatch.setattr(live_counters, "SnapshotReader", Reader)
+    made = CountersFollower(Config(data=DATA), "redis://127.0.0.1:1", list, poll_s=0.01)
+    with caplog.at_level(logging.WARNING):
+        made.start()
+        assert enough.wait(20), "the thread has ended"
+        made.stop()
+    assert caplog.text.count("Item-side counters could not be taken over. planted") == 1
+    assert "Traceback" in caplog.text
+    assert "TypeError: planted" in caplog.text
