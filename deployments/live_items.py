@@ -49,6 +49,10 @@ class ItemsFollower:
             funnel = load(folder)
             if rules is not None:
                 funnel.config = funnel.config.model_copy(update={"rules": rules})
+                for column in sorted({b.column for b in rules.blocks} - set(funnel.filters.columns)):
+                    log.warning(
+                        "rules.blocks: version %s has no column '%s', so nothing is blocked by it. Retrain.", funnel.version, column
+                    )
             with self._lock:
                 funnel.follow(list(self._held.values()))
                 self._funnels.add(funnel)

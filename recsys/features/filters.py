@@ -118,7 +118,7 @@ class Filters:
         return Allowed(tuple(self.mask(f) for f in distinct), of)
 
     def mask(self, wanted: Filter) -> Mask:
-        """The items that pass every condition. A column that this bundle does not have lets nothing pass."""
+        """The items that pass every condition. Of a column that this bundle does not have no item holds anything."""
         with self._lock:
             if (known := self._masks.get(wanted)) is not None:
                 self._masks.move_to_end(wanted)
@@ -141,7 +141,8 @@ class Filters:
                 out &= np.isin(x, [float(v) for v in c.any])
             return out & ~np.isin(x, [float(v) for v in c.none])
         if c.column != ITEM_ID and c.column not in self._catalogue.values:
-            return np.zeros(len(self._items), bool)
+            asked = c.any is not None or c.all or np.isfinite([c.low, c.high]).any()
+            return np.full(len(self._items), not asked)  # a block of rules that are younger than this bundle must not empty every page
         out = ~self._holders(c.column, c.none) if c.none else np.ones(len(self._items), bool)
         if c.any is not None:
             out &= self._holders(c.column, c.any)

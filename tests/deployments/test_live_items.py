@@ -239,6 +239,22 @@ def test_rules_are_those_of_the_configuration_that_serves(small: Small) -> None:
     assert all(int(item.item_id[1:]) % 2 for item in funnel.page(queries, funnel.recommend(queries))[0]), "even ones are red"
 
 
+def test_a_block_on_a_column_that_a_version_lacks_leaves_its_pages_and_says_so_once(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    """Rules are younger than the version that serves: the column was declared yesterday, the version was trained last week."""
+    rules = RulesConfig(blocks=(MatchConfig(column="brand", values=("acme",)),))
+    plain, funnel = Funnel.load(small.folder), ItemsFollower(MemoryItemLog(), poll_s=3600).loading(Funnel.load, rules)(small.folder)
+
+    def pages(of: Funnel) -> list[list[str]]:
+        queries = of.queries([FunnelRequest("u1", 10, time.time()), FunnelRequest("", 10, time.time())])
+        found = [of.page(queries, answer) for answer in (of.recommend(queries), of.popular(queries))]
+        return [[item.item_id for item in page] for both in found for page in both]
+
+    assert pages(funnel) == pages(plain)
+    assert all(pages(plain))
+    said = [r.getMessage() for r in caplog.records if r.name == "deployments.live_items"]
+    assert said == [f"rules.blocks: version {funnel.version} has no column 'brand', so nothing is blocked by it. Retrain."]
+
+
 def test_what_was_shown_anywhere_is_known_everywhere(small: Small) -> None:
     log = MemoryItemLog()
     log.change([ItemChange("new", {"price": 1}), ItemChange("i2", {"price": 1})])
