@@ -1,7 +1,7 @@
 """The folders of a workdir, each named by what made its content.
 
-A change of data, of the code's version or of a key that matters gives another folder, so nothing stale is ever reused and
-nothing has to be deleted by hand.
+A change of data or of a key that matters gives another folder, so nothing stale is reused. Of the code, only STATE_FORMAT
+counts: who changes what is trained or written raises it. Old folders stay until somebody deletes them; none is needed.
 """
 
 from __future__ import annotations

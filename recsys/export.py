@@ -83,6 +83,11 @@ class RankerEngine:
         model = load_model(folder)
         if model.task != "ranker":
             raise BundleError(f"'{folder}' holds a {model.config.type} model, which ranks no pairs; lr or deepfm was expected.")
+        if not isinstance(model, DeepFM | LogisticRegression):
+            raise BundleError(
+                f"'{folder}' holds a {model.config.type} model, whose algebra the engine does not know (lr and deepfm it does). "
+                "Teach it to recsys.export.RankerEngine, or it would be scored as another model."
+            )
         return cls(model, item_columns)
 
     @property

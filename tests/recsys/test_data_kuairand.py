@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from pyarrow import csv
 
+from recsys.config import load as load_config
 from recsys.data.events import Dataset, load
 from recsys.data.sources import DataConfig
 from recsys.data.split import SplitConfig
@@ -54,3 +58,25 @@ def test_the_test_days_hold_the_rows_of_the_protocol_and_train_holds_nothing_lat
     assert (split.train.sum(), split.valid.sum()) == (149_732 - 765, 17_200 - 150)
     assert log.time[split.train].max() < log.time[split.valid].min()
     assert log.time[split.valid].max() < log.time[split.test].min()
+
+
+def test_the_published_csv_files_are_read_by_the_configuration_that_names_them(dataset, tmp_path, monkeypatch):
+    rows = pq.read_table(FOLDER / "log_20220425_20220506.parquet")
+    early = pc.less(rows["date"], 20220501)
+    for name, part in (("4_08_to_4_21", rows.filter(early)), ("4_22_to_5_08", rows.filter(pc.invert(early)))):
+        csv.write_csv(part, tmp_path / f"log_standard_{name}_pure.csv")
+    for name in ("video_features_basic_pure", "user_features_pure"):
+        csv.write_csv(pq.read_table(FOLDER / f"{name}.parquet"), tmp_path / f"{name}.csv")
+    monkeypatch.setenv("KUAIRAND_DIR", str(tmp_path))
+    config = load_config([Path(__file__).parents[2] / "configs" / "kuairand_csv.yaml"])
+    found = load(config.data, config.base, keep=("date",))
+    same = dataset.interactions
+    assert found.account.rows() == dataset.account.rows()
+    for column in ("user", "item"):
+        np.testing.assert_array_equal(
+            getattr(found.interactions, f"{column}s").outside(getattr(found.interactions, column)),
+            getattr(same, f"{column}s").outside(getattr(same, column)),
+        )
+    np.testing.assert_array_equal(found.interactions.time, same.time)
+    degrees = dict(zip(found.interactions.users.ids.to_pylist(), found.users["user_active_degree"], strict=True))
+    assert degrees == dict(zip(same.users.ids.to_pylist(), dataset.users["active"], strict=True))
