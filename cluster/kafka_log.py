@@ -174,7 +174,10 @@ class KafkaStore(RedisStore):
         """Produce what was never told, then update histories."""
         records = [to_record(event) for event in events]
         homes = [partition_of(e.user_id, self.config.partitions) for e in events]
-        marks = await self._redis.mget([self._mark(p, e) for p, e in zip(homes, events, strict=True)])
+        async with self._redis.pipeline(transaction=False) as pipe:  # marks of many slots: no MGET
+            for p, event in zip(homes, events, strict=True):
+                pipe.get(self._mark(p, event))
+            marks = await pipe.execute()
         new = [(p, record) for p, record, mark in zip(homes, records, marks, strict=True) if mark is None]
         await asyncio.to_thread(self._produce, new)
         return await self._append(*self._calls(events, lambda _: b""), len(events))

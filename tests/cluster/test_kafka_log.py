@@ -12,8 +12,10 @@ from cluster.ingest_status import status
 from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
 from cluster.redis_store import connected
 from recsys.errors import ConfigError, StoreUnavailableError
+from recsys.features.store import partition_of
 from recsys.ingest_config import KafkaLogConfig
 from tests.cluster.consumers import archived_all, config_of, each_is_in_parquet_once, load, same_as_the_batch_road, some_events, until
+from tests.cluster.valkey_process import SECRET
 
 admin = pytest.importorskip("confluent_kafka.admin", reason="optional: pip install confluent-kafka")
 PARTITIONS = 4
@@ -91,3 +93,28 @@ def test_a_topic_of_another_size_is_refused(broker):
     with pytest.raises(ConfigError, match=r"has 4 partitions, store.partitions says 7\. Name another topic, or set store.partitions: 4\."):
         ensure_topic(log, PARTITIONS)
         ensure_topic(log, 7)
+
+
+def test_marks_of_many_partitions_are_asked_for_on_a_cluster_too(broker, node, tmp_path):
+    """Six users in four partitions are four slots: one MGET of their marks would be refused."""
+    config, log, events = config_of(tmp_path, partitions=PARTITIONS), topic(broker), some_events(30)
+    assert len({partition_of(e.user_id, PARTITIONS) for e in events}) > 1
+
+    async def scenario():
+        where = f"redis+cluster://:{SECRET}@127.0.0.1:{node}"
+        store = KafkaStore(where, log, config.store, config.history)
+        assert await store.append(events[:20]) == (20, 0)
+        assert await store.append(events) == (10, 20)
+        await store.close()
+        ingest = Ingest(config, where, load, log_of=lambda _: KafkaLog(log, PARTITIONS, patience_ms=500))
+
+        async def all_in_parquet():
+            await archived_all(ingest)
+            return sum(owned.archive.manifest.n for owned in ingest.held.owned.values()) == 30
+
+        await until(all_in_parquet)
+        await same_as_the_batch_road(config, where, tmp_path)
+        await ingest.close()
+
+    asyncio.run(scenario())
+    each_is_in_parquet_once(tmp_path, events)

