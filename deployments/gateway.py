@@ -114,6 +114,7 @@ class Gateway:
         counters = CountersFollower(config, url_of(config), self._rollout.funnels) if {"recall", "fine_rank"} & {*here} else None
         if counters is not None:
             counters.start()
+        self._counters = counters
         self._service = Service(
             config.serve,
             self._rollout,
@@ -142,6 +143,14 @@ class Gateway:
             await self._service.warm()
         if not self._rollout.alive:
             raise RuntimeError("The rollout watcher has ended.")
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica is to end, and no more requests come: what waits is written, threads end."""
+        if (service := getattr(self, "_service", None)) is None:  # it never came to be
+            return
+        await service.close()
+        if self._counters is not None:
+            await asyncio.to_thread(self._counters.stop)
 
     def _why_not(self, version: str) -> str | None:
         if self._loop is None:

@@ -7,6 +7,7 @@ and not answers. A thread writes files that are whole or not there; a kill costs
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -40,6 +41,7 @@ class ImpressionLog:
         self._waiting: deque[tuple[Shown, Used | None]] = deque()
         self._replica, self._files = uuid.uuid4().hex[:8], 0
         self._task: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()
 
     def wants(self, request_id: str) -> bool:
         """Whether this request's page is to be logged."""
@@ -56,8 +58,9 @@ class ImpressionLog:
             self._task = asyncio.get_running_loop().create_task(self._write_on())
 
     async def _write_on(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.flush_s)
+        while not self._ending.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self.config.flush_s)
             await self.flush()
 
     async def flush(self) -> None:
@@ -88,9 +91,9 @@ class ImpressionLog:
 
     async def stop(self) -> None:
         """Write what waits and end."""
+        self._ending.set()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await self._task  # not cancelled: a write that is under way is waited for
         await self.flush()
 
     def state(self) -> dict[str, int]:

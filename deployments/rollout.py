@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cluster.registry import Registry
@@ -41,6 +41,7 @@ class Rollout:
     def __init__(self, registry: Registry, load: Load, *, poll_s: float, ready: Ready | None = None) -> None:
         self._registry, self._load, self._poll_s, self._ready = registry, load, poll_s, ready
         self._held: dict[str, Funnel] = {}
+        self._promoted: set[str] = set()
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
         self._waiting: tuple[str, float] = ("", 0.0)
@@ -66,6 +67,11 @@ class Rollout:
         names = list(self._held)
         return [n for n in (self.current,) if n in names] + [n for n in reversed(names) if n != self.current]
 
+    @property
+    def promoted(self) -> list[str]:
+        """As `held`, without what was never in production here: a canary must not answer in another's place."""
+        return [v for v in self.held if v in self._promoted]
+
     def funnels(self) -> list[Funnel]:
         """Every version in memory."""
         return list(self._held.values())
@@ -75,6 +81,7 @@ class Rollout:
     def start(self) -> None:
         """Load production (or previous, where production is refused), then watch. Raises BundleError where neither can serve."""
         self.aliases = self._registry.aliases()
+        self._promoted = _promoted(self.aliases)
         for alias in ("production", "previous"):
             version = self.aliases.get(alias)
             if version is not None and self._take(version):
@@ -109,6 +116,7 @@ class Rollout:
             del self.refused[version]  # it may come back mended
             self._retry.pop(version, None)
         self.aliases = aliases
+        self._promoted = (self._promoted & {*self._held}) | _promoted(aliases)
         wanted = list(dict.fromkeys(v for a in ("production", "canary", "previous") if (v := aliases.get(a))))
         for version in wanted:
             self._take(version)
@@ -158,13 +166,18 @@ class Rollout:
         for version in reversed(self._held):  # youngest first
             if len(keep) >= HELD:
                 break
-            keep[version] = None
+            if version in self._promoted:  # a canary whose alias was taken away goes at once
+                keep[version] = None
         self._held = {v: f for v, f in self._held.items() if v in keep}
 
 
 def _lasting(error: Exception) -> bool:
     """Whether the bundle itself was found wanting, and not the way to it: a registry that did not answer is a BundleError by OSError."""
     return isinstance(error, BundleError) and not isinstance(error.__cause__, OSError)
+
+
+def _promoted(aliases: Mapping[str, str]) -> set[str]:
+    return {v for alias in ("production", "previous") if (v := aliases.get(alias))}
 
 
 def loader(*stages: str) -> Load:

@@ -172,7 +172,7 @@ class Service:
 
     async def _run(self, lane: Hashable, rows: list[Row]) -> None:
         version = lane[0] if isinstance(lane, tuple) else ""
-        held = [version, *(v for v in self.rollout.held if v != version)]
+        held = [version, *(v for v in self.rollout.promoted if v != version)]
         funnels = []
         for name in held:
             try:
@@ -206,9 +206,10 @@ class Service:
         row = Row(request, deadline, asyncio.get_running_loop().create_future())
         degraded = await self._ladder.fill_states([row], timings)
         error: Exception = VersionAbsentError("No version is held.")
-        for version in self.rollout.held:
-            funnel, begun = self.rollout.funnel(version), time.perf_counter()
+        for version in self.rollout.promoted:
+            begun = time.perf_counter()
             try:
+                funnel = self.rollout.funnel(version)
                 items = await self._ranked_under(funnel, request, item_ids, deadline)
             except VersionAbsentError as absent:
                 error = absent
@@ -339,6 +340,7 @@ class Service:
                 "data_plane": self.config.data_plane,
             }
             | ({"items": self._follower.state()} if self._follower is not None else {})
+            | ({"impressions": self._impressions.state()} if self._impressions is not None else {})
         )
 
     async def ingest(self) -> dict[str, Any]:
@@ -378,7 +380,7 @@ class Service:
             log.warning("The feature store is not there yet; recommendations go on without live events. %s", error)
 
     async def close(self) -> None:
-        """Finish what is under way."""
+        """Finish what is under way, write what waits, and end the threads."""
         await self._batcher.drain()
         if self._impressions is not None:
             await self._impressions.stop()

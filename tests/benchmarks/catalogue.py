@@ -43,7 +43,8 @@ class One:
     """A rollout of one version."""
 
     def __init__(self, funnel: Funnel) -> None:
-        self._funnel, self.held, self.current, self.aliases, self.refused = funnel, [funnel.version], funnel.version, {}, {}
+        self._funnel, self.current, self.aliases, self.refused = funnel, funnel.version, {}, {}
+        self.held = self.promoted = [funnel.version]
 
     def funnel(self, version: str | None = None) -> Funnel:
         return self._funnel

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cluster.registry import Registry
+from deployments.impressions import sampled
 from recsys.config import Config
 from recsys.funnel import Funnel, FunnelRequest
-from recsys.serve_config import Place, ServeConfig, TimeoutsConfig, TopologyConfig
+from recsys.impressions import read
+from recsys.serve_config import ImpressionsConfig, Place, ServeConfig, TimeoutsConfig, TopologyConfig
 from tests.deployments.client import Client, Told, crowd, eventually
 from tests.processes import replicas
 from tests.small import Small
@@ -54,6 +56,7 @@ def serving(small: Small, folder: Path, url: str, name: str, place: Place) -> It
         deadline_ms=20_000,
         timeouts_ms=TimeoutsConfig(user_state=2_000, recall=5_000, coarse_rank=5_000, fine_rank=5_000, rerank=5_000),
         registry_poll_s=0.5,
+        impressions=ImpressionsConfig(flush_s=3_600),
     )
     config = small.config.model_copy(update={"serve": patient, "workdir": str(folder), "registry": str(registry.root)})
     serve.run(application(config), name=name, route_prefix="/")
@@ -62,6 +65,16 @@ def serving(small: Small, folder: Path, url: str, name: str, place: Place) -> It
         yield Live(name, url, config, registry, versions)
     finally:
         serve.delete(name)
+
+
+def logs_its_last_pages(live: Live) -> None:
+    """End the application: what was shown, and not written yet, is on disk. The last claim of a module."""
+    from ray import serve
+
+    request_id = next(f"last {n}" for n in range(10_000) if sampled(f"last {n}", live.config.serve.impressions.sample))
+    assert live.client().recommend("u1", request_id=request_id).status == 200
+    serve.delete(live.name)
+    assert request_id in read(f"{live.config.root}/impressions").column("request_id").to_pylist()
 
 
 def expected(live: Live, asked: list[tuple[str, dict[str, Any]]], k: int) -> list[list[tuple[str, float]]]:

@@ -12,7 +12,7 @@ import pytest
 from deployments.edge import Edge
 from deployments.rollout import Rollout
 from deployments.service import Service
-from recsys.errors import BundleError, StoreUnavailableError
+from recsys.errors import BundleError, StoreUnavailableError, VersionAbsentError
 from recsys.features.store import AppendResult, MemoryStore, NewEvent, UserState
 from recsys.serve_config import ServeConfig
 from tests.deployments.standin import StandIn, StandInRegistry
@@ -256,6 +256,52 @@ class TestRank:
     def test_bad_lists_are_refused(self, body: Any, code: str) -> None:
         heard = once("POST", "/v1/rank", body)
         assert (heard.status, heard.json["error"]["code"]) == (422, code)
+
+
+class TestVersionsBeside:
+    """Production V2, its predecessor V1 and the canary V3 are held; no stage elsewhere has V2 any more."""
+
+    def asked(self, path: str, body: Any, *, absent: str | None = None) -> tuple[Heard, list[str]]:
+        """The answer, and the versions that were asked for elsewhere; `absent` is let go of right after it was listed."""
+        V2, V3 = "v000002-aaaaaaaa", "v000003-aaaaaaaa"
+
+        class Swapped(Rollout):
+            @property
+            def promoted(self) -> list[str]:
+                return [*([absent] if absent else []), *super().promoted]
+
+        asked: list[str] = []
+
+        async def elsewhere(version: str, *_: Any) -> Any:
+            asked.append(version)
+            raise VersionAbsentError("gone")
+
+        async def run() -> Heard:
+            registry = StandInRegistry(**{v: StandIn(v) for v in (V1, V2, V3)})
+            registry.named = {"production": V1}
+            rollout = Swapped(registry, registry.load(), poll_s=3600)  # type: ignore[arg-type]
+            rollout.start()
+            registry.named = {"production": V2, "previous": V1, "canary": V3}
+            rollout.poll()
+            service = Service(ServeConfig(), rollout, MemoryStore(), elsewhere={"recall": elsewhere}, rank_elsewhere=elsewhere)
+            try:
+                return await speak(Edge(service), "POST", path, orjson.dumps(body))
+            finally:
+                await service.close()
+
+        heard = asyncio.run(run())
+        return heard, list(dict.fromkeys(asked))
+
+    @pytest.mark.parametrize(("path", "more"), [("/v1/recommend", {}), ("/v1/rank", {"item_ids": ["i9", "i3"]})])
+    def test_a_canary_answers_in_nobodys_place(self, path: str, more: dict[str, Any]) -> None:
+        heard, asked = self.asked(path, {"user_id": "u1"} | more)
+        assert asked == ["v000002-aaaaaaaa", V1]
+        assert (heard.status, heard.json["degraded"][0]["reason"]) == (200, "unavailable")
+
+    def test_a_version_let_go_of_between_the_listing_and_the_call_is_passed_over(self) -> None:
+        heard, asked = self.asked("/v1/rank", {"user_id": "u1", "item_ids": ["i9", "i3"]}, absent="v000009-aaaaaaaa")
+        assert asked == ["v000002-aaaaaaaa", V1]
+        assert heard.status == 200
 
 
 def event(**given: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The log of impressions of a replica: sampled by request, bounded, whole files, and never in the way of an answer."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,45 @@ def test_beyond_the_bound_pages_are_dropped_and_counted_and_answers_go_on(rollou
     log = ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0, most_waiting=2, flush_s=1_000))
     assert len(answers(service(rollout, log), 5)) == 5
     assert log.state() == {"logged": 2, "waiting": 0, "dropped": 3, "failed": 0}
+
+
+def test_a_service_that_ends_writes_what_waits_and_the_version_tells_what_was_lost(rollout, tmp_path):
+    log = ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0, most_waiting=2, flush_s=1_000))
+
+    async def ask() -> dict:
+        one = service(rollout, log)
+        for n in range(3):
+            await one.recommend(orjson.dumps({"user_id": "u1", "timeout_ms": 20_000}), f"req{n}")
+        told = one.version()["impressions"]
+        await one.close()
+        return told
+
+    assert asyncio.run(ask()) == {"logged": 0, "waiting": 2, "dropped": 1, "failed": 0}
+    assert [r["request_id"] for r in read(str(tmp_path)).to_pylist()] == ["req0", "req1"]
+
+
+def test_the_end_waits_for_a_write_that_is_under_way(rollout, tmp_path, monkeypatch):
+    log, begun, go = ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0, flush_s=0.001)), threading.Event(), threading.Event()
+    write = log._write
+
+    def slow(waiting) -> None:
+        begun.set()
+        assert go.wait(30)
+        write(waiting)
+
+    monkeypatch.setattr(log, "_write", slow)
+
+    async def ask() -> None:
+        await service(rollout, log).recommend(orjson.dumps({"user_id": "u1", "timeout_ms": 20_000}), "req")
+        assert await asyncio.to_thread(begun.wait, 30)
+        ending = asyncio.create_task(log.stop())
+        await asyncio.sleep(0)
+        go.set()
+        await ending
+        assert log.state() == {"logged": 1, "waiting": 0, "dropped": 0, "failed": 0}
+
+    asyncio.run(ask())
+    assert len(read(str(tmp_path))) == 1
 
 
 def test_a_disk_that_refuses_costs_impressions_not_answers(rollout, tmp_path, caplog):

@@ -150,6 +150,22 @@ def test_memory_holds_three_versions_and_the_serving_one_always() -> None:
     assert rollout.held == [V4, V3, V2]
 
 
+def test_a_canary_is_held_beside_and_stands_in_for_nobody() -> None:
+    held = registry()
+    rollout = started(held)
+    held.named = {"production": V2, "previous": V1, "canary": V3}
+    rollout.poll()
+    assert (rollout.held, rollout.promoted) == ([V2, V3, V1], [V2, V1])
+    held.named = {"production": V2, "previous": V1}
+    rollout.poll()
+    assert (rollout.held, rollout.promoted) == ([V2, V1], [V2, V1]), "let go of at once, and no stand-in on its way out"
+    held.named = {"production": V2, "previous": V1, "canary": V3}
+    rollout.poll()
+    held.named = {"production": V3, "previous": V2, "canary": V3}
+    rollout.poll()
+    assert (rollout.current, rollout.promoted) == (V3, [V3, V2, V1])
+
+
 def test_a_registry_that_cannot_be_read_leaves_the_version_serving() -> None:
     held = registry()
     rollout = Rollout(held, held.load(), poll_s=0.01)  # type: ignore[arg-type]

@@ -12,7 +12,16 @@ import pytest
 
 from cluster.embedded import EmbeddedValkey
 from tests.deployments.client import crowd, eventually
-from tests.deployments.live import STAGES, Live, kill_under_load, ranks_and_finds_neighbours, same_pages, serving, swap_under_load
+from tests.deployments.live import (
+    STAGES,
+    Live,
+    kill_under_load,
+    logs_its_last_pages,
+    ranks_and_finds_neighbours,
+    same_pages,
+    serving,
+    swap_under_load,
+)
 from tests.processes import below
 from tests.small import Small
 
@@ -134,3 +143,7 @@ def test_a_killed_store_is_named_and_comes_back_with_what_it_had_accepted(fused:
 def test_a_killed_owner_of_the_store_takes_it_over_again(fused: Live) -> None:
     kill_under_load(fused, "store")
     assert fused.client().recommend("u1").json["degraded"] == []
+
+
+def test_an_ended_service_has_written_the_pages_that_waited(fused: Live) -> None:
+    logs_its_last_pages(fused)
