@@ -23,7 +23,6 @@ from recsys.data.formats import Need, check_present, read
 from recsys.data.sources import TableConfig
 from recsys.errors import DataError, RequestError
 from recsys.features.live_items import ItemChange, checked
-from recsys.features.profiles import change_profiles
 
 Side = Literal["items", "users"]
 SHOWN = 5
@@ -149,7 +148,7 @@ def _profiles(config: Config, changes: Mapping[str, Mapping[str, Any] | None]) -
     async def whole(url: str) -> None:
         store = RedisStore(url, config.store, config.history)
         try:
-            await change_profiles(store, changes)
+            await store.change_profiles(changes)
         finally:
             await store.close()
 

@@ -11,7 +11,6 @@ Keys, all in one hash slot; none expires, for nothing could rebuild them:
 from __future__ import annotations
 
 import os
-import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import redis
 from redis import exceptions as faults
 
 from cluster.redis_cluster import blocking_client_of, check, clustered, is_cluster
-from cluster.redis_store import PASSWORD_VARIABLE, reason, redacted
+from cluster.redis_store import PASSWORD_VARIABLE, TRIES, pause_s, reason, redacted
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.live_items import Changes, ItemChange, ItemRecord, from_json, merged, to_json
 from recsys.features.store import StoreConfig
@@ -31,10 +30,6 @@ from recsys.features.store import StoreConfig
 T = TypeVar("T")
 ITEMS_A_CALL = 500
 """Changes per Lua call, and records per read."""
-TRIES = 50
-"""How often a change is merged again because somebody changed the same item meanwhile."""
-PAUSE_S = 0.002, 0.1
-"""Longest pause after the first and after any later miss: drawn at random, or equally fast writers could miss each other for long."""
 
 CHANGE = """
 -- KEYS: held, order, changes, epoch. ARGV: a name for the log, then of each item its id, what it was merged with, and its record.
@@ -98,7 +93,7 @@ class RedisItemLog:
                 left, position = self._answered(lambda left=left: self._attempt(left))  # type: ignore[misc]
                 if not left:
                     break
-                time.sleep(random.uniform(0, min(PAUSE_S[0] * 2.0**n, PAUSE_S[1])))  # noqa: S311 - no secret
+                time.sleep(pause_s(n))
             else:
                 raise StoreError(f"{len(left)} items are changed by somebody else all the time. Send them again.")
         self._answered(self._synced)

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import math
 import os
+import random
 import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -34,12 +35,13 @@ from recsys.features.store import (
     AppendResult,
     LoggedEvent,
     NewEvent,
+    ProfileChange,
     StoreConfig,
     StoredEvent,
     UserState,
     from_record,
+    merged_profile,
     partition_of,
-    to_profile,
     to_record,
 )
 
@@ -49,6 +51,11 @@ log = logging.getLogger(__name__)
 PASSWORD_VARIABLE = "RAYFUNNEL_REDIS_PASSWORD"  # noqa: S105 - the name of a variable, not a password
 EVENTS_A_CALL = 500
 """Events per Lua call: longer scripts would hold up the reads of other users."""
+PROFILES_A_ROUND = 200
+TRIES = 50
+"""How often a change is merged again because somebody changed the same thing meanwhile."""
+PAUSE_S = 0.002, 0.1
+"""Longest pause after the first and after any later miss: drawn at random, or equally fast writers could miss each other for long."""
 
 APPEND = """
 -- KEYS: log, then mark and history of each event. ARGV: mark TTL (s), history TTL (s), history length, then entry and record of each.
@@ -86,7 +93,13 @@ for i = 1, (#KEYS - 1) / 2 do
 end
 return table.concat(told)
 """
-_SHA = hashlib.sha1(APPEND.encode(), usedforsecurity=False).hexdigest()
+SWAP = """
+-- KEYS: profile. ARGV: what it was, what it is to be; nothing is no profile. Answers whether it still was.
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
+return 1
+"""
+_SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in (APPEND, SWAP)}
 _COUNT, _TIME, _INDEX = struct.Struct("<H"), struct.Struct("<q"), struct.Struct("<Hq")
 _LONGEST = 65_535
 
@@ -215,25 +228,30 @@ class RedisStore:
         return self._key(partition, "e:") + hashlib.blake2b(told, digest_size=12).digest()
 
     async def _append(self, calls: list[list[Any]], which: list[list[int]], n: int) -> list[bool]:
-        await self._prepare()
-        answers = await self._eval(calls)
-        unknown = [i for i, answer in enumerate(answers) if isinstance(answer, faults.NoScriptError)]
-        if unknown:  # a server that has just started does not know the script
-            await self._redis.script_load(APPEND)
-            for i, answer in zip(unknown, await self._eval([calls[i] for i in unknown]), strict=True):
-                answers[i] = answer
         new = [False] * n
-        for answer, mine in zip(answers, which, strict=True):
-            if isinstance(answer, Exception):
-                raise answer
+        for answer, mine in zip(await self._run(APPEND, calls), which, strict=True):
             for i, said in zip(mine, answer, strict=True):
                 new[i] = said == ord("1")
         return new
 
-    async def _eval(self, calls: list[list[Any]]) -> list[Any]:
+    async def _run(self, script: str, calls: list[list[Any]]) -> list[Any]:
+        """The answers of a script's calls, whose changes are on disk. Raises the first fault among them."""
+        await self._prepare()
+        answers = await self._eval(_SHA[script], calls)
+        unknown = [i for i, answer in enumerate(answers) if isinstance(answer, faults.NoScriptError)]
+        if unknown:  # a server that has just started does not know the script
+            await self._redis.script_load(script)
+            for i, answer in zip(unknown, await self._eval(_SHA[script], [calls[i] for i in unknown]), strict=True):
+                answers[i] = answer
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    async def _eval(self, sha: str, calls: list[list[Any]]) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for arguments in calls:
-                pipe.evalsha(_SHA, *arguments)
+                pipe.evalsha(sha, *arguments)
             if self._wait_for_disk:
                 pipe.execute_command("WAITAOF", 1, 0, int(self.config.append_timeout_ms))
             answers = list(await pipe.execute(raise_on_error=False))
@@ -267,11 +285,30 @@ class RedisStore:
             for h, p, c in zip(held[::2], held[1::2], counters, strict=True)
         ]
 
-    async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
-        """See FeatureStore."""
-        key = self._key(partition_of(user_id, self.config.partitions), "p:", user_id)
-        call = self._redis.set(key, to_profile(user_id, profile)) if profile else self._redis.delete(key)
-        await self._answered(call, self.config.append_timeout_ms / 1000.0)
+    async def change_profiles(self, changes: Mapping[str, ProfileChange]) -> None:
+        """See FeatureStore. A profile that somebody else changed between being read and being written is read and merged again."""
+        users, timeout_s = list(changes), self.config.append_timeout_ms / 1000.0
+        for at in range(0, len(users), PROFILES_A_ROUND):
+            left = users[at : at + PROFILES_A_ROUND]
+            for n in range(TRIES):
+                left = await self._answered(self._swap({user_id: changes[user_id] for user_id in left}), timeout_s)
+                if not left:
+                    break
+                await asyncio.sleep(pause_s(n))
+            else:
+                raise StoreUnavailableError(
+                    f"The profiles of {len(left)} users are changed by somebody else all the time. Send them again."
+                )
+
+    async def _swap(self, changes: Mapping[str, ProfileChange]) -> list[str]:
+        """Write what is still as it was read; gives the users that somebody else was faster with."""
+        keys = [self._key(partition_of(user_id, self.config.partitions), "p:", user_id) for user_id in changes]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.get(key)
+            held = [profile or b"" for profile in await pipe.execute()]
+        calls = [[1, k, h, merged_profile(u, h, changes[u])] for k, h, u in zip(keys, held, changes, strict=True)]
+        return [user_id for user_id, done in zip(changes, await self._run(SWAP, calls), strict=True) if not done]
 
     async def read_log(self, partition: int, after: str = "") -> AsyncIterator[LoggedEvent]:
         """See FeatureStore; positions are ids of the stream."""
@@ -329,6 +366,11 @@ class RedisStore:
                 return await call
         except (TimeoutError, faults.RedisError, OSError) as fault:
             raise StoreUnavailableError(f"The feature store at {self.shown_url} {reason(fault, timeout_s)}") from fault
+
+
+def pause_s(n: int) -> float:
+    """How long to wait after the n-th miss, counted from 0."""
+    return random.uniform(0, min(PAUSE_S[0] * 2.0**n, PAUSE_S[1]))  # noqa: S311 - no secret
 
 
 _REASONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (

@@ -13,7 +13,6 @@ from deployments.rollout import Rollout
 from deployments.schemas import ITEM, USER, ItemBody, UserBody, check_id, check_text, fault
 from recsys.errors import RequestError, StoreUnavailableError
 from recsys.features.live_items import ItemChange, ItemLog, checked
-from recsys.features.profiles import change_profiles
 from recsys.features.store import FeatureStore
 from recsys.serve_config import LimitsConfig
 
@@ -80,7 +79,7 @@ class CatalogueWrites:
     async def _profiles(self, changes: dict[str, Any]) -> None:
         """Each user's profile with what was given; None forgets it."""
         try:
-            await change_profiles(self._store, changes)
+            await self._store.change_profiles(changes)
         except StoreUnavailableError as error:
             raise _away() from error
 

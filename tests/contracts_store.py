@@ -183,17 +183,35 @@ class FeatureStoreContract:
 
         self.run(scenario)
 
-    def test_a_profile_is_replaced_and_deleted_and_read_beside_the_history(self):
+    def test_a_profile_is_merged_and_forgotten_and_read_beside_the_history(self):
         async def scenario(store):
-            await store.put_profile("u", {"age": 31, "likes": ["a", "b"], "city": "上海"})
+            async def profiles():
+                return [state.profile for state in await store.read(["u", "v"], timeout_s=5.0)]
+
+            await store.change_profiles({"u": {"age": 31, "likes": ["a", "b"], "city": "上海"}, "v": {"age": 1}})
             await store.append([event("u", "a", 1)])
-            (state,) = await store.read(["u"], timeout_s=5.0)
-            assert state.profile == {"age": 31, "likes": ["a", "b"], "city": "上海"}
-            assert len(state.events) == 1
-            await store.put_profile("u", {"age": 32})
-            assert (await store.read(["u"], timeout_s=5.0))[0].profile == {"age": 32}
-            await store.put_profile("u", {})
-            assert (await store.read(["u"], timeout_s=5.0))[0].profile == {}
+            assert await profiles() == [{"age": 31, "likes": ["a", "b"], "city": "上海"}, {"age": 1}]
+            assert await items_of(store, "u") == ["a"]
+            await store.change_profiles({"u": {"age": 32, "city": None, "likes": []}})
+            assert await profiles() == [{"age": 32, "likes": []}, {"age": 1}]
+            await store.change_profiles({"u": None, "v": {"age": None, "none": None}})
+            assert await profiles() == [{}, {}]
+            await store.change_profiles({f"w{n}": {"n": n} for n in range(450)})
+            found = await store.read([f"w{n}" for n in range(450)], timeout_s=5.0)
+            assert [state.profile["n"] for state in found] == list(range(450))
+            with pytest.raises(StoreError, match="profile of user 'u' cannot be written as JSON"):
+                await store.change_profiles({"u": {"age": object()}})
+
+        self.run(scenario)
+
+    def test_profiles_that_many_change_at_once_lose_nothing(self):
+        """Twenty writers of a column each, all of one user and all at the same moment."""
+
+        async def scenario(store):
+            await asyncio.gather(*(store.change_profiles({"u": {f"c{n}": n}, "v": {"last": n}}) for n in range(20)))
+            one, other = await store.read(["u", "v"], timeout_s=5.0)
+            assert one.profile == {f"c{n}": n for n in range(20)}
+            assert other.profile["last"] in range(20)
 
         self.run(scenario)
 

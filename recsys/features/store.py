@@ -89,6 +89,10 @@ class AppendResult(NamedTuple):
     duplicates: int
 
 
+ProfileChange = Mapping[str, Any] | None
+"""Columns of a user to change: what is not named stays, a column of None goes. None for all of it forgets the profile."""
+
+
 class FeatureStore(Protocol):
     """Every call raises StoreUnavailableError when the store does not answer, StoreError for what it cannot hold."""
 
@@ -104,8 +108,9 @@ class FeatureStore(Protocol):
         """The states of a micro-batch in one read, in its order; an unknown user has an empty one."""
         ...
 
-    async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
-        """Replace a user's profile; an empty one deletes it."""
+    async def change_profiles(self, changes: Mapping[str, ProfileChange]) -> None:
+        """Merge each user's change into the profile that is held, atomically with any other writer; durable when it returns.
+        Repeating a call is harmless, a failed one included."""
         ...
 
     def read_log(self, partition: int, after: str = "") -> AsyncIterator[LoggedEvent]:
@@ -150,10 +155,14 @@ def from_record(record: bytes) -> NewEvent:
     return NewEvent(*fields)
 
 
-def to_profile(user_id: str, profile: Mapping[str, Any]) -> bytes:
-    """A profile as JSON. StoreError where JSON cannot hold it."""
+def merged_profile(user_id: str, held: bytes, change: ProfileChange) -> bytes:
+    """A stored profile, JSON or nothing, with a change; nothing where no column is left. StoreError where JSON cannot hold it."""
+    if change is None:
+        return b""
+    columns = (orjson.loads(held) if held else {}) | dict(change)
+    left = {name: value for name, value in columns.items() if value is not None}
     try:
-        return orjson.dumps(dict(profile))
+        return orjson.dumps(left) if left else b""
     except (TypeError, ValueError) as fault:
         raise StoreError(f"The profile of user '{user_id}' cannot be written as JSON ({fault}).") from fault
 
@@ -196,13 +205,11 @@ class MemoryStore:
         del line[: -self.history.length]
 
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:  # noqa: ARG002 - nothing to wait for
-        return [UserState(list(self._histories.get(u, ())), orjson.loads(self._profiles.get(u, b"{}"))) for u in user_ids]
+        return [UserState(list(self._histories.get(u, ())), orjson.loads(self._profiles.get(u) or b"{}")) for u in user_ids]
 
-    async def put_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
-        if profile:
-            self._profiles[user_id] = to_profile(user_id, profile)
-        else:
-            self._profiles.pop(user_id, None)
+    async def change_profiles(self, changes: Mapping[str, ProfileChange]) -> None:
+        for user_id, change in changes.items():
+            self._profiles[user_id] = merged_profile(user_id, self._profiles.get(user_id, b""), change)
 
     async def read_log(self, partition: int, after: str = "") -> AsyncIterator[LoggedEvent]:
         records = self._log[partition]

@@ -54,7 +54,7 @@ def test_only_what_can_be_rebuilt_expires_and_all_of_a_user_is_in_one_slot(valke
     async def scenario():
         store = RedisStore(valkey.url, config)
         await store.append([event("u", "a", 1)])
-        await store.put_profile("u", {"age": 3})
+        await store.change_profiles({"u": {"age": 3}})
         await store.close()
         async with Redis.from_url(valkey.url) as redis:
             keys = [key async for key in redis.scan_iter(match=f"{config.prefix}:{{*")]
@@ -274,6 +274,22 @@ def test_a_server_that_syncs_now_and_then_is_asked_to_sync_before_the_answer(own
     with caplog.at_level(logging.WARNING):
         assert asyncio.run(scenario(("appendonly", "no"))) == (1, False)
     assert "accepted events do not survive its end" in caplog.text
+
+
+def test_a_profile_is_confirmed_when_the_disk_has_it_as_an_event_is(own_valkey):
+    """A server that syncs now and then, and whose disk then takes nothing any more."""
+
+    async def scenario():
+        await command(own_valkey, "CONFIG", "SET", "appendfsync", "everysec")
+        store = RedisStore(own_valkey.url)
+        await store.change_profiles({"u": {"age": 1}})
+        await command(own_valkey, "CONFIG", "SET", "appendonly", "no")
+        for call in (store.change_profiles({"u": {"age": 2}}), store.append([event("u", "a", 1)])):
+            with pytest.raises(StoreUnavailableError, match=r"did not reach its disk .* Nothing is confirmed; send again"):
+                await call
+        await store.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_shorter_history_length_takes_hold_with_the_next_event(valkey):
