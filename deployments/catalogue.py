@@ -74,7 +74,7 @@ class CatalogueWrites:
 
     def _profile(self, row: Any) -> tuple[str, dict[str, Any]]:
         body = self._user(row)
-        return body.user_id, checked(body.columns, self._rollout.funnel().space.columns["user"], whose="user")
+        return body.user_id, checked(body.columns, self._rollout.funnel().profile_columns, whose="user")
 
     async def _profiles(self, changes: dict[str, Any]) -> None:
         """Each user's profile with what was given; None forgets it."""

@@ -23,6 +23,7 @@ from recsys.core import Candidates, Queries, Used
 from recsys.errors import VersionAbsentError
 from recsys.features.store import UserState
 from recsys.funnel import STAGES, Funnel, FunnelRequest, PageItem
+from recsys.recall.cold_start import Rung, rung_of
 from recsys.serve_config import TimeoutsConfig
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,13 @@ class StageCall(Protocol):
 
 
 class Answer(NamedTuple):
-    """A page and how it came about. timings: stage -> milliseconds."""
+    """A page and how it came about. timings: stage -> milliseconds; cold_start: the rung of a new user (see recall.cold_start)."""
 
     items: list[PageItem]
     version: str
     degraded: tuple[Degraded, ...]
     timings: Mapping[str, float]
+    cold_start: Rung | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -252,7 +254,7 @@ class Ladder:
         used = candidates.used if candidates is not None else None
         for b, (row, page) in enumerate(zip(batch.view.rows, pages, strict=True)):
             if not row.answer.done():
-                row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings))
+                row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings, rung_of(candidates, b)))
                 if row.request_id and self._on_page is not None:
                     self._on_page(Shown(row, page, used, b, batch.funnel, degraded))
         if self._on_batch is not None:

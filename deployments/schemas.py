@@ -13,10 +13,12 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from deployments.resilience import Reason, Rung
+from deployments.resilience import Reason
+from deployments.resilience import Rung as Degradation
 from recsys.core import canonical_id
 from recsys.errors import RequestError
 from recsys.features.store import NewEvent, event_identity
+from recsys.recall.cold_start import Rung
 from recsys.serve_config import LimitsConfig
 
 EXCLUDE = 1_000
@@ -178,7 +180,7 @@ class Fallback(BaseModel):
     """A stage that something lesser stood in for."""
 
     stage: str
-    rung: Rung
+    rung: Degradation
     reason: Reason
 
 
@@ -191,6 +193,8 @@ class Page(BaseModel):
     variant: str
     degraded: list[Fallback]
     timings_ms: dict[str, float]
+    cold_start: Rung | None = None
+    """Of a user without a history: what the page leans on beside the models (interests, segment, content, popular)."""
 
 
 class Rejected(BaseModel):

@@ -125,6 +125,8 @@ class Service:
         check_k(body.k, limits)
         self._check(body)
         check_ids("exclude", body.exclude, limits, EXCLUDE)
+        for n, pin in enumerate(body.pins):
+            check_id(f"pins.{n}.item_id", pin.item_id, limits)
         funnel = self.rollout.funnel()
         request = FunnelRequest(
             body.user_id,
@@ -136,7 +138,11 @@ class Service:
             explain=body.explain,
             filter=funnel.filters.parse(body.filter) if body.filter else None,
             diversity=body.diversity,
-            boosts=[(one, b.factor) for b in body.boosts for one in funnel.filters.parse(b.filter) or ()],
+            boosts=[
+                (one, b.factor)
+                for n, b in enumerate(body.boosts)
+                for one in funnel.filters.parse(b.filter, where=f"boosts.{n}.filter") or ()
+            ],
             pins=[(p.item_id, p.place) for p in body.pins],
         )
         variant = body.variant or self.config.variant
@@ -414,6 +420,7 @@ def _shown(answer: Answer, request_id: str, variant: str, started: float) -> byt
             "degraded": [note.shown() for note in answer.degraded],
             "timings_ms": timings,
         }
+        | ({} if answer.cold_start is None else {"cold_start": answer.cold_start})
     )
 
 

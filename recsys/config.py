@@ -34,6 +34,7 @@ from recsys.models.ctr import DeepFMConfig, LogisticRegressionConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.places import Places
 from recsys.recall.bpr import BPRConfig
+from recsys.recall.cold_start import ColdStartConfig
 from recsys.recall.column_vector import ColumnVectorConfig
 from recsys.recall.content import ContentConfig
 from recsys.recall.ease import EASEConfig
@@ -227,6 +228,8 @@ class Config(Places):
     """What the rankers learn from."""
     recall: RecallConfig = RecallConfig()
     """Stage 1: a few thousand candidates out of the catalogue."""
+    cold_start: ColdStartConfig = ColdStartConfig()
+    """Who leads the page of a user without a history."""
     two_tower: TwoTowerSection = TwoTowerSection()
     """The model of the channel two_tower and of the coarse rank."""
     coarse_rank: CoarseRankConfig = CoarseRankConfig()

@@ -305,7 +305,8 @@ class Candidates:
     item; channel_ranks (B, N, C) int16, 1 for that channel's first, 0 where it did not recall the item.
     `trail` holds, per stage passed, the (B, N) ranks (int16, 1 is first) and scores of the items still here; it is kept
     only for queries that ask to be explained. `stage` names the stage whose order this is; `lost` the channels that failed;
-    `merged` (B, N) float32 keeps the scores of the merged recall (None: nothing recalled these items). `used`: what the fine
+    `merged` (B, N) float32 keeps the scores of the merged recall (None: nothing recalled these items). `cold` (B, 2) int16 says on
+    which rung each new user stands and which channel leads there (see recall.cold_start; None: nobody is new). `used`: what the fine
     ranker saw, for the log of impressions; a fine stage of its own sends it back of `queries.logged` alone.
     """
 
@@ -318,6 +319,7 @@ class Candidates:
     stage: str = "recall"
     lost: tuple[str, ...] = ()
     merged: np.ndarray | None = None
+    cold: np.ndarray | None = None
     used: Used | None = field(default=None, repr=False, compare=False)
 
     NO_SCORE: ClassVar[np.float32] = np.float32(-np.inf)
@@ -349,10 +351,14 @@ class Candidates:
         of_channels = (*items.shape, len(channels))
         return cls(items, scores, channels, np.full(of_channels, np.nan, np.float32), np.zeros(of_channels, np.int16))
 
-    def ranked(self, scores: np.ndarray, keep: int, *, stage: str, explain: bool = False) -> Self:
-        """Re-order by (B, N) `scores`, keep the best `keep`; ties go to who stood first. With `explain`, note the trail."""
+    def ranked(self, scores: np.ndarray, keep: int, *, stage: str, explain: bool = False, by: np.ndarray | None = None) -> Self:
+        """Re-order by (B, N) `scores`, or by `by` where it is given, and keep the best `keep`; ties go to who stood first.
+
+        With `explain`, note the trail.
+        """
         scores = np.where(self.items == UNKNOWN, self.NO_SCORE, scores).astype(np.float32, copy=False)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]  # (B, keep)
+        worth = scores if by is None else np.where(self.items == UNKNOWN, self.NO_SCORE, by)
+        order = np.argsort(-worth, axis=1, kind="stable")[:, :keep]  # (B, keep)
         out = self.reordered(order, np.take_along_axis(scores, order, 1), stage=stage)
         if explain:
             out.noted()
@@ -388,6 +394,7 @@ class Candidates:
             channel_ranks=self.channel_ranks[at],
             trail={k: (r[at], s[at]) for k, (r, s) in self.trail.items()},
             merged=None if self.merged is None else self.merged[at],
+            cold=None if self.cold is None else self.cold[at],
             used=None if self.used is None else self.used.take(at),
         )
 

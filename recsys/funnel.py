@@ -19,12 +19,13 @@ import pyarrow as pa
 from recsys import channels
 from recsys.config import Config
 from recsys.core import UNKNOWN, Candidates, Queries, Recaller, Reranker, Used, Vocabulary, load_arrow
+from recsys.data.columns import ColumnConfig
 from recsys.delta import Delta, LiveVocabulary, Parts
 from recsys.eligibility import Eligibility
 from recsys.errors import BundleError, RequestError
 from recsys.evidence import EVIDENCE, evidence, share_of_best
 from recsys.export import RankerEngine
-from recsys.features.catalogue import Catalogue
+from recsys.features.catalogue import LISTED, Catalogue
 from recsys.features.filters import Filters
 from recsys.features.inputs import Live
 from recsys.features.live_items import ItemRecord
@@ -33,6 +34,8 @@ from recsys.features.states import load_live
 from recsys.models.two_tower import TwoTower
 from recsys.page import PageItem, pages
 from recsys.prepared import load_columns
+from recsys.recall.cold_start import led, stand
+from recsys.recall.content import ContentConfig
 from recsys.recall.merge import merge
 from recsys.recall.popular import first_of
 from recsys.requests import FunnelRequest, Past, query_of
@@ -99,6 +102,18 @@ class Funnel:
         columns = {name: delta.grown(c, delta.columns[name]) if name in delta.columns else c for name, c in self.item_columns.items()}
         return self.config.rerank.build(vectors=vectors, columns=columns)
 
+    @property
+    def profile_columns(self) -> Mapping[str, ColumnConfig]:
+        """What a user's profile may hold: user columns, and what the content channels read as a declared interest."""
+        interests: dict[str, ColumnConfig] = {}
+        for channel in self.config.recall.channels.values():
+            if isinstance(channel, ContentConfig):
+                listed = {n: c for n, c in self.catalogue.columns.items() if c.kind in LISTED}
+                columns = {n: c.model_copy(update={"kind": "tags"}) for n, c in listed.items()}  # one may like several
+                named = {name: columns[target] for name, target in channel.interests.items() if target in columns}
+                interests |= {n: c for n, c in columns.items() if channel.columns is None or channel.columns.get(n)} | named
+        return interests | dict(self.space.columns["user"])
+
     def _parts(self) -> Parts:
         return Parts(
             self.items, self.space, self.item_columns, self.catalogue, self.filters, self.channels, self.tower, self.ranker, self.live
@@ -139,6 +154,8 @@ class Funnel:
                 lost.append(name)
         out = merge(tuple(found), list(found.values()), merging, n_queries=len(queries))
         out.lost, out.merged = tuple(lost), out.scores
+        able = {name: channel for name, channel in self.channels.items() if name not in lost}
+        out.cold = stand(queries, self.config.cold_start, able, found)
         if queries.explain:
             out.noted()
         return out
@@ -154,14 +171,16 @@ class Funnel:
         if self.config.coarse_rank.merged and candidates.merged is not None:
             scores = scores + np.float32(self.config.coarse_rank.merged) * share_of_best(candidates.merged)
         keep = max(self.config.coarse_rank.keep, self._depth(queries))
-        return candidates.ranked(scores, keep, stage="coarse_rank", explain=queries.explain)
+        by = led(candidates, scores, self.config.cold_start)
+        return candidates.ranked(scores, keep, stage="coarse_rank", explain=queries.explain, by=by)
 
     def fine_rank(self, queries: Queries, candidates: Candidates) -> Candidates:
-        """The ranker with every feature; scores become probabilities."""
+        """The ranker with every feature; scores become probabilities. Of new users it may not have the last word (see recall.cold_start)."""
         keep = max(self.config.fine_rank.keep, self._depth(queries))
         candidates = self._eligibility(queries).shown(candidates)
         scores, used = self._fine(queries, candidates)
-        out = candidates.ranked(scores, keep, stage="fine_rank", explain=queries.explain)
+        by = led(candidates, scores, self.config.cold_start)
+        out = candidates.ranked(scores, keep, stage="fine_rank", explain=queries.explain, by=by)
         out.used = used
         return out
 
@@ -202,7 +221,8 @@ class Funnel:
         candidates = eligibility.shown(candidates)
         if isinstance(self.reranker, MMR):
             known = Known(lambda _, wanted, items: eligibility.passes(wanted, items), self.items.row, self._shown_often, eligibility.may)
-            out = Rules(self.config.rules, self.reranker, known, self.reranker.vectors).rerank(queries, candidates, k)
+            base = led(candidates, candidates.scores, self.config.cold_start)
+            out = Rules(self.config.rules, self.reranker, known, self.reranker.vectors).rerank(queries, candidates, k, base=base)
         elif self.reranker is not None:
             out = self.reranker.rerank(queries, candidates, k)
         else:

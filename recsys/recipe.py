@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from recsys import blending, channels, examples
+from recsys import blending, channels, cold_weights, examples
 from recsys.config import ChannelConfig, Config
 from recsys.core import Recaller, id_hash
 from recsys.data.interactions import Interactions
@@ -37,6 +37,7 @@ from recsys.held_out import HeldOut, after_training, before_first
 from recsys.models.two_tower import TwoTower
 from recsys.moments import Moments
 from recsys.prepared import Prepared
+from recsys.recall.cold_start import ColdStartConfig
 from recsys.recall.merge import MergeConfig
 from recsys.recall.popular import PopularConfig
 from recsys.recall.vector import VectorConfig
@@ -271,6 +272,20 @@ class Recipe:
             self.say(sentence)
         return found.config(given)
 
+    @cached_property
+    def cold_start(self) -> ColdStartConfig:
+        """The ladder in force. Where its weights are learnt, then with the ranker, on validation data that nothing has learnt from."""
+        given, split = self.config.cold_start, self.prepared.split
+        if not given.learn or not given.below or not given.ladder or split.by not in cold_weights.SPLITS:
+            return given
+        # Channels know all of train: what was popular before the window is not what production would lead by.
+        fresh = self.funnel(split.train, self.base_tower, self.ranker, cold_start=given)
+        asked = blending.questions(self.prepared, self.moments, split.train, self.cut.valid, most=cold_weights.MOST, seed=self.config.seed)
+        found = cold_weights.learn(fresh, asked, given, seed=self.config.seed)
+        for one in found:
+            self.say(one.told())
+        return cold_weights.taken(found, given)
+
     def judged(self) -> Funnel:
         """The funnel that the test judges."""
         mask = self.cut.judged_mask
@@ -290,18 +305,23 @@ class Recipe:
         configs: Mapping[str, ChannelConfig] | None = None,
         already: Mapping[str, Recaller] | None = None,
         merge: MergeConfig | None = None,
+        cold_start: ColdStartConfig | None = None,
         around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> Funnel:
         """A funnel whose channels know the rows of `mask` (E,) and nothing else.
 
         Without a tower it has no coarse stage and no vector channel. `configs` stand in for the configured channels; those
-        in `already` were fitted on the same rows; each fit runs inside `around(name)`. `merge` stands in for the merge in force.
+        in `already` were fitted on the same rows; each fit runs inside `around(name)`. `merge` and `cold_start` stand in for those in force.
         """
         p, config = self.prepared, self.config
         if merge is None:
             merge = self.merging if tower_folder and configs is None else config.recall.merge
         if merge is not config.recall.merge:
             config = config.model_copy(update={"recall": config.recall.model_copy(update={"merge": merge})})
+        if cold_start is None:
+            cold_start = self.cold_start if ranker_folder and configs is None else config.cold_start
+        if cold_start is not config.cold_start:
+            config = config.model_copy(update={"cold_start": cold_start})
         known = p.log.where(mask)
         tower = TwoTower.load(tower_folder) if tower_folder else None
         vectors = tower.item_vectors(p.item_columns) if tower else None

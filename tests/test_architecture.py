@@ -32,6 +32,7 @@ LAYERS = (
         "exposures",
         "packing",
         "blending",
+        "cold_weights",
         "recipe",
         "continued",
         "rolling",

@@ -56,14 +56,16 @@ class Filters:
 
     # ---- from JSON to conditions ----------------------------------------------------------------------------------
 
-    def parse(self, given: Mapping[str, Any]) -> Filter | None:
-        """The conditions of a request, None where it asks nothing. RequestError (422) names the column and says what would do."""
-        if len(given) > MOST_COLUMNS:
-            raise RequestError("too_many_items", f"'filter' has {len(given)} columns; at most {MOST_COLUMNS} are taken.", field="filter")
-        return tuple(self._condition(name, given[name]) for name in sorted(given)) or None
+    def parse(self, given: Mapping[str, Any], *, where: str = "filter") -> Filter | None:
+        """The conditions of a request, None where it asks nothing. RequestError (422) names the column and says what would do.
 
-    def _condition(self, name: str, wanted: Any) -> Condition:
-        where = f"filter.{name[:64]}"
+        `where` is the field of the request that holds them.
+        """
+        if len(given) > MOST_COLUMNS:
+            raise RequestError("too_many_items", f"'{where}' has {len(given)} columns; at most {MOST_COLUMNS} are taken.", field=where)
+        return tuple(self._condition(name, given[name], f"{where}.{name[:64]}") for name in sorted(given)) or None
+
+    def _condition(self, name: str, wanted: Any, where: str) -> Condition:
         if name not in self.columns:
             near = difflib.get_close_matches(name, self.columns, 1)
             hint = f"Did you mean '{near[0]}'? " if near else ""

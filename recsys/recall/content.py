@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from recsys.core import FrozenConfig, Queries
+from recsys.core import FrozenConfig, Queries, Vocabulary
 from recsys.data.columns import ColumnConfig
 from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, NotFittedError
@@ -26,6 +26,11 @@ from recsys.recall.vector import IndexKind, RecallGoal, VectorConfig, VectorInde
 
 log = logging.getLogger(__name__)
 
+ONE = frozenset({"id", "category"})
+"""Kinds of which an item has one value."""
+NOBODYS = Values(Vocabulary([]), np.zeros(1, np.int64), np.empty(0, np.int32))
+"""Of an interest that the user table does not hold: only requests and profiles may declare it."""
+
 
 class ContentConfig(FrozenConfig):
     type: Literal["content"] = "content"
@@ -33,7 +38,8 @@ class ContentConfig(FrozenConfig):
     columns: dict[str, NonNegativeFloat] | None = None
     """Item column -> its weight. null: every declared item column, weight 1."""
     interests: dict[str, str] = Field(default_factory=dict)
-    """User column -> item column that it speaks of, such as likes: genres. Columns read from one name in both tables need no line."""
+    """User or context column -> item column that it speaks of, such as likes: genres. Columns read from one name in both tables need no
+    line, nor does an item column's own name in a profile or a context: `features: {genres: [Comedy]}` declares an interest."""
     interest_weight: NonNegativeFloat = 1.0
     """A declared interest counts like so many newest events, so that it leads while there are few."""
     dim: PositiveInt = 128
@@ -86,9 +92,10 @@ class Content:
         known = {*items.values, *items.numbers, *items.vectors}
         if unknown := sorted({*(c.columns or {}), *c.interests.values()} - known):
             raise ConfigError(f"recall channel content names '{unknown[0]}', which no item column declares. Known: {_listed(known)}.")
-        if unknown := sorted(set(c.interests) - set(users.values)):
+        if unknown := sorted(set(c.interests) - {*users.values, *interactions.context}):
             raise ConfigError(
-                f"recall channel content: interests names '{unknown[0]}', no user column of values. Known: {_listed(users.values)}."
+                f"recall channel content: interests names '{unknown[0]}', no user column of values and no context column. "
+                f"Known: {_listed([*users.values, *interactions.context])}."
             )
         weights: Mapping[str, float] = c.columns if c.columns is not None else dict.fromkeys(known, 1.0)
         if not any(weights.values()):
@@ -96,16 +103,20 @@ class Content:
                 "recall channel content has no item column to compare by. Declare data.items.columns, or take the channel out."
             )
         self._space = ContentSpace.fit(items, weights, c.dim)
+        listed = {name for name in self._space.blocks if items.columns[name].kind in LISTED}
         for name, target in (_alike(users, items) | c.interests).items():
-            if target in self._space.blocks and items.columns[target].kind in LISTED:
-                self._declared[name] = (target, users.columns[name])
-                self._interests[name] = users.values[name]
+            if target in listed:
+                self._declared[name] = (target, users.columns.get(name, items.columns[target]))
+                self._interests[name] = users.values.get(name, NOBODYS)
+        for name in sorted(listed - set(self._declared)):  # a request may name what items have: genres: [Comedy]
+            self._declared[name], self._interests[name] = (name, items.columns[name]), NOBODYS
         vectors = self._space.items(items)
         typical = typical_users(interactions)
         asked = tastes(vectors, typical.history, recency(typical, decay=c.decay))
         self._index = VectorConfig(kind=c.kind, recall_goal=c.recall_goal).build().fit(vectors, asked)
         told = ", ".join(f"{name}={block.width}" for name, block in self._space.blocks.items())
-        log.info("content vectors: %d floats of %s; interests: %s", self._space.width, told, _listed(self._declared))
+        from_table = [name for name, held in self._interests.items() if held is not NOBODYS]
+        log.info("content vectors: %d floats of %s; interests: %s", self._space.width, told, _listed(from_table))
         return self
 
     def user_vectors(self, queries: Queries, vectors: RowVectors | None = None) -> np.ndarray:
@@ -122,21 +133,28 @@ class Content:
         return self.space.later(items)
 
     def _interest(self, queries: Queries) -> np.ndarray | None:
-        """(B, width) what the requests' own profiles declare, else the user table; None where no column speaks of interests."""
+        """(B, width) what profiles and contexts declare, else the user table; None where no column speaks of interests."""
         if not self._declared:
             return None
         out = np.zeros((len(queries), self.space.width), np.float32)
-        for b, (profile, user) in enumerate(zip(queries.profiles, queries.users.tolist(), strict=True)):
+        for b, user in enumerate(queries.users.tolist()):
+            told = {**queries.contexts[b], **queries.profiles[b]}
             for name, (target, column) in self._declared.items():
                 held = self._interests[name]
-                if name in profile:
-                    values = texts_of(column, profile[name])
+                if name in told:
+                    cells = told[name] if isinstance(told[name], list | tuple) and column.kind in ONE else [told[name]]
+                    values = list(dict.fromkeys(text for cell in cells for text in texts_of(column, cell)))  # one may like several
                 elif 0 <= user < len(held.indptr) - 1:
                     values = held.known.outside(held.codes[held.indptr[user] : held.indptr[user + 1]])
                 else:
                     continue
                 out[b] += self.space.of_values(target, values)
         return self.config.interest_weight * unit(out)
+
+    def declares(self, queries: Queries) -> np.ndarray:
+        """(B,) bool: whose profile, context or row of the user table names an interest that some item shares."""
+        interest = self._interest(queries)
+        return np.zeros(len(queries), bool) if interest is None else np.asarray(interest.any(1))
 
     def recall(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items most alike."""

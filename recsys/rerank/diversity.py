@@ -130,6 +130,25 @@ class MMR:
         reasons = np.where(np.take_along_axis(free, order, 1), np.where(relaxed, RELAXED, moved), KEPT)
         return order, reasons.astype(np.int8)
 
+    def fit(self, page: np.ndarray, place: int, instead: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of (n,) items may stand at `place` of a page (k,), in place of who stands there, without a cap being broken
+        that holds as it is. A value that its forerunner has, too, brings nothing that was not there."""
+        ok = np.ones(len(instead), bool)
+        if not len(instead):
+            return ok
+        for cap, column in zip(self.config.caps, self.columns, strict=True):
+            held = np.asarray(column[np.maximum(page, 0)]).reshape(len(page), -1) * (page != UNKNOWN)[:, None]  # (k, W)
+            new = np.asarray(column[instead]).reshape(len(instead), -1)  # (n, W)
+            values = np.setdiff1d(new, np.append(held[place], 0))
+            has = (held[:, None, :] == values[None, :, None]).any(2)  # (k, V): row 0 is a missing value or padding
+            has[place] = False
+            width = min(cap.window, len(page))
+            first = max(0, place - width + 1)
+            windows = [has[a : a + width].sum(0) for a in range(first, min(place, len(page) - width) + 1)]
+            full = values[np.max(windows, axis=0) >= cap.at_most] if len(values) else values
+            ok &= ~np.isin(new, full).any(1)
+        return ok
+
     def _similarity(self, items: np.ndarray, lambdas: np.ndarray) -> np.ndarray | None:
         """(B, P, P) of (1 - lambda) * (1 + cosine) / 2; 0 where one has no vector. None where nothing has, or nobody asks."""
         if self.vectors is None or (lambdas == 1).all():

@@ -83,6 +83,8 @@ class NewItemsConfig(FrozenConfig):
 class ExploreConfig(FrozenConfig):
     share: float = Field(default=0.0, ge=0, le=1)
     """Probability that a place goes to a candidate drawn at random; what each item's probability was is in the answer's `explain`."""
+    new_users: float | None = Field(default=None, ge=0, le=1)
+    """The same for users without a history (see cold_start), of whom the ranker knows least. null: as `share`."""
     first_place: PositiveInt = 3
     """Places above this one are never explored."""
 
@@ -136,11 +138,14 @@ class Rules:
     def __init__(self, config: RulesConfig, mmr: MMR, known: Known, vectors: RowVectors | None) -> None:
         self.config, self.mmr, self.known, self.vectors = config, mmr, known, vectors
 
-    def rerank(self, queries: Queries, candidates: Candidates, k: int) -> Candidates:
-        """At most k of the candidates, in page order; `scores` stay the fine scores. The trail notes rules where they are asked for."""
+    def rerank(self, queries: Queries, candidates: Candidates, k: int, *, base: np.ndarray | None = None) -> Candidates:
+        """At most k of the candidates, in page order; `scores` stay the fine scores. The trail notes rules where they are asked for.
+
+        base (B, N) stands for the scores in what an item is worth, where something beside the ranker orders new users' pages.
+        """
         wishes = queries.wishes or (None,) * len(queries)
-        worth, why = self._worth(queries, candidates, wishes)
-        moved = bool((why > 0).any())
+        worth, why = self._worth(queries, candidates, wishes, candidates.scores if base is None else base)
+        moved = base is not None or bool((why > 0).any())
         start = candidates
         if moved:
             order = np.argsort(-worth, axis=1, kind="stable")
@@ -153,15 +158,17 @@ class Rules:
         filled = _Filled(page, reasons, np.where(page.items == UNKNOWN, 0, 1).astype(np.float32))
         if self.config.pins or any(w is not None and w.pins for w in wishes):
             filled = self._pinned(queries, start, filled, k)
-        if self.config.explore.share > 0:
+        if explores := self.config.explore.share > 0 or bool(self.config.explore.new_users):
             filled = self._explored(queries, start, filled)
-        if queries.explain or self.config.explore.share > 0:
+        if queries.explain or explores:
             filled.page.trail = {**filled.page.trail, RULES: (filled.reasons.astype(np.int16), filled.chance)}
         return filled.page
 
     # ---- worth ----------------------------------------------------------------------------------------------------
 
-    def _worth(self, queries: Queries, candidates: Candidates, wishes: Sequence[Wishes | None]) -> tuple[np.ndarray, np.ndarray]:
+    def _worth(
+        self, queries: Queries, candidates: Candidates, wishes: Sequence[Wishes | None], base: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(B, N) what orders the candidates, -inf in empty slots, and the rule that weighs most on each (0: none)."""
         c, items = self.config, candidates.items
         factor, why = np.ones(items.shape), np.zeros(items.shape, np.int8)
@@ -187,7 +194,7 @@ class Rules:
             shown = self.known.shown(items)
             extra = (c.new_items.factor - 1) * 0.5 ** (np.nan_to_num(shown) / c.new_items.exposures)
             weigh(np.where(np.isnan(shown), 1.0, 1 + extra), NEW)
-        scores = candidates.scores.astype(np.float64)
+        scores = base.astype(np.float64)
         # A score below 0 (a rung without the ranker) is lifted by a boost all the same.
         worth = np.where(scores >= 0, scores * factor, scores / np.maximum(factor, 1e-9))
         return np.where(items == UNKNOWN, -np.inf, worth).astype(np.float32), why
@@ -235,9 +242,12 @@ class Rules:
 
         The draw hangs on the user and the instant alone, so every process draws alike. chance: of M candidates beside the page each
         stands at such a place with probability share / M, who stood there stays with 1 - share; and both times the probability that
-        a candidate is left, where there are fewer than places.
+        a candidate is left, where there are fewer than places. Where there are caps, a place takes only candidates that break none
+        that held before; who they are hangs on the places above, so the probabilities are then those given what stands above: their
+        product is that of the page.
         """
         c, page = self.config.explore, before.page
+        capped = bool(self.mmr.config.caps)
         reasons, chance = before.reasons.copy(), before.chance.copy()
         slots = np.tile(np.arange(page.width), (len(page), 1))
         for b in range(len(page)):
@@ -245,14 +255,28 @@ class Rules:
             rest = [n for n, item in enumerate(start.items[b].tolist()) if item not in on_page and item != UNKNOWN]
             places = [n for n in range(c.first_place - 1, int((page.items[b] != UNKNOWN).sum())) if reasons[b, n] != PINNED]
             drawable, rng = len(rest), np.random.default_rng(id_hash(f"{queries.user_ids[b]}\0{float(queries.at[b])!r}"))
+            share, standing = self._share(start, b), page.items[b].copy()
             for number, place in enumerate(places):
-                given = c.share * _fewer(drawable, number, c.share)
-                drawn, one = rng.random() < c.share, rng.random()
+                drawn, one = rng.random() < share, rng.random()
+                if capped:
+                    fit = self.mmr.fit(standing, place, start.items[b, rest])
+                    open_ = [n for n, ok in zip(rest, fit.tolist(), strict=True) if ok]
+                    given, drawable = (share if open_ else 0.0), len(open_)
+                else:
+                    open_, given = rest, share * _fewer(drawable, number, share)
                 chance[b, place] = 1 - given
-                if drawn and rest:
+                if drawn and open_:
                     chance[b, place], reasons[b, place] = given / drawable, EXPLORED
-                    slots[b, place] = page.width + rest.pop(int(one * len(rest)))
+                    chosen = open_[int(one * len(open_))]
+                    rest.remove(chosen)
+                    slots[b, place], standing[place] = page.width + chosen, start.items[b, chosen]
         return _Filled(_page_of(_beside(page, start), slots), reasons, chance)
+
+    def _share(self, start: Candidates, b: int) -> float:
+        """The probability with which a place of this query is explored."""
+        c = self.config.explore
+        new = start.cold is not None and bool(start.cold[b, 0])
+        return c.share if c.new_users is None or not new else c.new_users
 
     def _pinned(self, queries: Queries, start: Candidates, before: _Filled, k: int) -> _Filled:
         """Pins at their places; an item that no channel recalled comes with a score of 0. The page stays as long as it can be."""

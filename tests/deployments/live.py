@@ -103,6 +103,7 @@ def same_pages(live: Live) -> None:
         answers = list(pool.map(ask, asked))
     assert {a.status for a in answers} == {200}
     assert [a.json["degraded"] for a in answers] == [[]] * len(users)
+    assert [a.json.get("cold_start") for a in answers] == ["popular" if u.startswith("stranger") else None for u in users]
     for user, answer, page in zip(asked, answers, expected(live, asked, 7), strict=True):
         assert [i["item_id"] for i in answer.json["items"]] == [item for item, _ in page], user
         np.testing.assert_allclose([i["score"] for i in answer.json["items"]], [score for _, score in page], atol=1e-5)

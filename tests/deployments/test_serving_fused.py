@@ -74,6 +74,32 @@ def test_bad_input_is_told_what_is_wrong(fused: Live, method: str, path: str, bo
     assert (told.status, told.json["error"]["code"]) == (status, code)
 
 
+@pytest.mark.parametrize(
+    ("rules", "field"),
+    [
+        ({"rules": {}}, "rules"),
+        ({"diversity": -1}, "diversity"),
+        ({"boosts": [{"filter": {"colour": "red"}, "factor": -2}]}, "boosts.0.factor"),
+        ({"boosts": [{"filter": {"color": "red"}, "factor": 2}]}, "boosts.0.filter.color"),
+        ({"pins": [{"item_id": "i1", "place": 0}]}, "pins.0.place"),
+        ({"pins": [{"item_id": "i" * 9_999, "place": 1}]}, "pins.0.item_id"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_by_name(fused: Live, rules: dict[str, Any], field: str) -> None:
+    told = fused.client().recommend("u1", 5, **rules)
+    assert (told.status, told.json["error"]["field"]) == (422, field)
+    assert told.json["error"]["message"].endswith(".")
+
+
+def test_rules_of_a_request_are_obeyed_whatever_else_it_asks(fused: Live) -> None:
+    pins = [{"item_id": item, "place": n + 1} for n, item in enumerate(["i30", "nobody", "i32", "i34", "i36"])]
+    told = fused.client().recommend("somebody", 4, pins=pins, exclude=["i32"], diversity=1, explain=True)
+    items = told.json["items"]
+    assert (told.status, told.json["degraded"], len({i["item_id"] for i in items})) == (200, [], 4)
+    assert [i["item_id"] for i in items if i["explain"]["rule"] == "pinned"] == ["i30", "i34"]
+    assert (items[0]["item_id"], items[3]["item_id"]) == ("i30", "i34")
+
+
 def test_strange_but_valid_input_is_answered(fused: Live) -> None:
     client = fused.client()
     assert client.recommend("ü/商 \U0001f600").status == 200

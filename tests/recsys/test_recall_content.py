@@ -154,7 +154,10 @@ class TestInterests:
     [
         (ContentConfig(columns={"genre": 1}), "names 'genre', which no item column declares. Known: parity."),
         (ContentConfig(columns={"parity": 0}), "has no item column to compare by. Declare data.items.columns"),
-        (ContentConfig(interests={"likes": "parity"}), "interests names 'likes', no user column of values. Known: none."),
+        (
+            ContentConfig(interests={"likes": "parity"}),
+            "interests names 'likes', no user column of values and no context column. Known: none.",
+        ),
         (ColumnVectorConfig(column="parity"), "column 'parity' is no item column of kind vector. Known: none."),
     ],
 )
