@@ -351,13 +351,26 @@ class Candidates:
         of_channels = (*items.shape, len(channels))
         return cls(items, scores, channels, np.full(of_channels, np.nan, np.float32), np.zeros(of_channels, np.int16))
 
-    def ranked(self, scores: np.ndarray, keep: int, *, stage: str, explain: bool = False, by: np.ndarray | None = None) -> Self:
+    def ranked(
+        self,
+        scores: np.ndarray,
+        keep: int,
+        *,
+        stage: str,
+        explain: bool = False,
+        by: np.ndarray | None = None,
+        cut: np.ndarray | None = None,
+    ) -> Self:
         """Re-order by (B, N) `scores`, or by `by` where it is given, and keep the best `keep`; ties go to who stood first.
 
-        With `explain`, note the trail.
+        `cut` (B, N) says who is kept, where that is not the order. With `explain`, note the trail.
         """
         scores = np.where(self.items == UNKNOWN, self.NO_SCORE, scores).astype(np.float32, copy=False)
         worth = scores if by is None else np.where(self.items == UNKNOWN, self.NO_SCORE, by)
+        if cut is not None and keep < self.width:
+            last = np.argsort(-np.where(self.items == UNKNOWN, self.NO_SCORE, cut), axis=1, kind="stable")[:, keep:]
+            worth = worth.copy()
+            np.put_along_axis(worth, last, np.nan, 1)  # NaN sorts behind all, empty slots too
         order = np.argsort(-worth, axis=1, kind="stable")[:, :keep]  # (B, keep)
         out = self.reordered(order, np.take_along_axis(scores, order, 1), stage=stage)
         if explain:

@@ -40,7 +40,7 @@ from recsys.recall.merge import merge
 from recsys.recall.popular import first_of
 from recsys.requests import FunnelRequest, Past, query_of
 from recsys.rerank.diversity import MMR
-from recsys.rerank.rules import Known, Rules
+from recsys.rerank.rules import Known, Rules, lifted
 from recsys.similar import check_similar_users, similar_items, similar_items_now, similar_users
 
 __all__ = ["POPULAR", "STAGES", "Funnel", "FunnelRequest", "PageItem"]
@@ -172,7 +172,8 @@ class Funnel:
             scores = scores + np.float32(self.config.coarse_rank.merged) * share_of_best(candidates.merged)
         keep = max(self.config.coarse_rank.keep, self._depth(queries))
         by = led(candidates, scores, self.config.cold_start)
-        return candidates.ranked(scores, keep, stage="coarse_rank", explain=queries.explain, by=by)
+        cut = self._with_a_start(candidates, scores if by is None else by)
+        return candidates.ranked(scores, keep, stage="coarse_rank", explain=queries.explain, by=by, cut=cut)
 
     def fine_rank(self, queries: Queries, candidates: Candidates) -> Candidates:
         """The ranker with every feature; scores become probabilities. Of new users it may not have the last word (see recall.cold_start)."""
@@ -180,7 +181,8 @@ class Funnel:
         candidates = self._eligibility(queries).shown(candidates)
         scores, used = self._fine(queries, candidates)
         by = led(candidates, scores, self.config.cold_start)
-        out = candidates.ranked(scores, keep, stage="fine_rank", explain=queries.explain, by=by)
+        cut = self._with_a_start(candidates, scores if by is None else by)
+        out = candidates.ranked(scores, keep, stage="fine_rank", explain=queries.explain, by=by, cut=cut)
         out.used = used
         return out
 
@@ -231,6 +233,13 @@ class Funnel:
         if queries.explain:
             out.noted()
         return out
+
+    def _with_a_start(self, candidates: Candidates, scores: np.ndarray) -> np.ndarray | None:
+        """(B, N) by what candidates are cut, where new items have a boost: one that never reaches the re-rank gains nothing from it."""
+        boost = self.config.rules.new_items
+        if boost.factor == 1 or not (candidates.items >= len(self.items)).any():
+            return None
+        return lifted(scores, boost.factors(self._shown_often(candidates.items)))
 
     def _shown_often(self, items: np.ndarray) -> np.ndarray:
         """(B, N) how often items that came after the training were shown; NaN for all others."""

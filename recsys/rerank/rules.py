@@ -79,6 +79,11 @@ class NewItemsConfig(FrozenConfig):
     exposures: PositiveFloat = 100.0
     """Times shown after which half of the boost is left: enough to learn whether it is liked."""
 
+    def factors(self, shown: np.ndarray) -> np.ndarray:
+        """(B, N) what each score is multiplied with, by how often the item was shown (NaN: it is not new)."""
+        extra = (self.factor - 1) * 0.5 ** (np.nan_to_num(shown) / self.exposures)
+        return np.where(np.isnan(shown), 1.0, 1 + extra)
+
 
 class ExploreConfig(FrozenConfig):
     share: float = Field(default=0.0, ge=0, le=1)
@@ -191,13 +196,8 @@ class Rules:
         if c.unwanted > 0 and self.vectors is not None and any(w is not None and w.unwanted for w in wishes):
             weigh(self._unwanted(items, wishes), UNWANTED)
         if c.new_items.factor > 1:
-            shown = self.known.shown(items)
-            extra = (c.new_items.factor - 1) * 0.5 ** (np.nan_to_num(shown) / c.new_items.exposures)
-            weigh(np.where(np.isnan(shown), 1.0, 1 + extra), NEW)
-        scores = base.astype(np.float64)
-        # A score below 0 (a rung without the ranker) is lifted by a boost all the same.
-        worth = np.where(scores >= 0, scores * factor, scores / np.maximum(factor, 1e-9))
-        return np.where(items == UNKNOWN, -np.inf, worth).astype(np.float32), why
+            weigh(c.new_items.factors(self.known.shown(items)), NEW)
+        return np.where(items == UNKNOWN, -np.inf, lifted(base, factor)).astype(np.float32), why
 
     def _novelty(self, queries: Queries, items: np.ndarray) -> np.ndarray:
         """(B, N) 1 - weight * 0.5 ** (hours since the user last had it / half-life); without a time, no hours have passed."""
@@ -312,6 +312,13 @@ class Rules:
                     slots[b, n], out_why[b, n], out_chance[b, n] = at[int(page.items[b, m])], reasons[b, m], chance[b, m]
         slots = np.where(slots == UNKNOWN, empty, slots)
         return _Filled(_page_of(wide, slots), out_why, out_chance)
+
+
+def lifted(scores: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Scores times a factor; one below 0 (a rung without the ranker) is lifted by a boost all the same."""
+    scores = scores.astype(np.float64)
+    out: np.ndarray = np.where(scores >= 0, scores * factor, scores / np.maximum(factor, 1e-9))
+    return out
 
 
 def _page_of(candidates: Candidates, slots: np.ndarray) -> Candidates:

@@ -13,12 +13,17 @@ from deployments.edge import Edge
 from deployments.rollout import Rollout
 from deployments.service import Service
 from recsys.features.store import MemoryStore
-from recsys.serve_config import ServeConfig
+from recsys.serve_config import ServeConfig, TimeoutsConfig
 from tests.deployments.standin import StandIn, StandInRegistry
 from tests.deployments.test_edge import V1, speak
 from tests.small import config_of, recipe_of, write_data
 
 CHANNELS = "recall.channels={two_tower: {}, popular: {}, content: {}, popular_segment: {by: country, minimum_events: 1}}"
+
+PATIENT = ServeConfig(
+    deadline_ms=60_000, timeouts_ms=TimeoutsConfig(user_state=20_000, recall=20_000, coarse_rank=20_000, fine_rank=20_000, rerank=20_000)
+)
+"""A busy test host must not degrade what is looked at."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def told(rollout: Rollout, *requests: tuple[str, str, Any]) -> list[tuple[int, A
     """(status, JSON) of each request, one after another, over one store."""
 
     async def run() -> list[tuple[int, Any]]:
-        edge = Edge(Service(ServeConfig(deadline_ms=20_000), rollout, MemoryStore()))
+        edge = Edge(Service(PATIENT, rollout, MemoryStore()))
         heard = [await speak(edge, method, path, orjson.dumps(body)) for method, path, body in requests]
         return [(h.status, h.json) for h in heard]
 

@@ -23,13 +23,17 @@ from recsys.features.store import MemoryStore
 from recsys.funnel import Funnel
 from recsys.rerank.diversity import CapConfig
 from recsys.rerank.rules import ExploreConfig, MatchConfig, PinConfig, RulesConfig
-from recsys.serve_config import ServeConfig
+from recsys.serve_config import ServeConfig, TimeoutsConfig
 from tests.deployments.standin import StandInRegistry
 from tests.deployments.test_edge import Heard, speak
 from tests.small import Small
 
 V = "v000001-aaaaaaaa"
 INTERNALS = ("Traceback", "File ", ".py", "numpy", "object at", "<class")
+PATIENT = ServeConfig(
+    deadline_ms=60_000, timeouts_ms=TimeoutsConfig(user_state=20_000, recall=20_000, coarse_rank=20_000, fine_rank=20_000, rerank=20_000)
+)
+"""A busy test host must not degrade what is looked at."""
 BLOCKED, DELETED, LATER = "i6", "i8", "later"
 
 
@@ -55,7 +59,7 @@ class Attacked:
         raw = body if isinstance(body, bytes) else orjson.dumps(body)
 
         async def once() -> Heard:
-            return await speak(Edge(Service(ServeConfig(deadline_ms=20_000), self.rollout, MemoryStore())), "POST", path, raw)
+            return await speak(Edge(Service(PATIENT, self.rollout, MemoryStore())), "POST", path, raw)
 
         return asyncio.run(once())
 

@@ -166,3 +166,30 @@ def test_pages_equal_brute_force(seed, n, lam, at_most, window):
     got = config.build(vectors, {"category": category}).rerank(queries_of([]), candidates_of([items], [scores]), 8).items[0]
     want = brute_page(items, scores, lam=lam, at_most=at_most, window=window, category=category, vectors=vectors, k=8)
     assert [i for i in got.tolist() if i != UNKNOWN] == want
+
+
+# ---- who may stand instead of another ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_who_fits_raises_no_count_above_a_cap_in_any_window(data):
+    k, at_most, window = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 10))
+    genres = np.array(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=12, max_size=12)), np.int32)
+    made = MMRConfig(caps=(CapConfig(column="genres", at_most=at_most, window=window),)).build(None, {"genres": genres})
+    filled = data.draw(st.integers(1, k))
+    page = np.array([*data.draw(st.permutations(range(8)))[:filled], *[UNKNOWN] * (k - filled)], np.int32)[:k]
+    place, instead = data.draw(st.integers(0, filled - 1)), np.arange(8, 12, dtype=np.int32)
+
+    def counts(items: list[int], value: int) -> list[int]:
+        holds = [item != UNKNOWN and value in genres[item] for item in items]
+        return [sum(holds[a : a + window]) for a in range(max(1, k - window + 1))]
+
+    for item, fits in zip(instead.tolist(), made.fit(page, place, instead).tolist(), strict=True):
+        after = [*page[:place].tolist(), item, *page[place + 1 :].tolist()]
+        breaks = any(
+            now > max(before, at_most)
+            for value in (1, 2, 3)
+            for before, now in zip(counts(page.tolist(), value), counts(after, value), strict=True)
+        )
+        assert fits == (not breaks)

@@ -326,6 +326,32 @@ def test_a_new_items_boost_fades_with_its_exposures(funnel: Funnel) -> None:
     assert names(shown(funnel, "u0", 3, filter=only))[0] != "new"
 
 
+def test_a_new_items_boost_takes_it_past_every_cut_and_into_the_order_of_the_rerank_alone(funnel: Funnel) -> None:
+    log = MemoryItemLog()
+    log.change([ItemChange("new", {"colour": "red", "price": 1})])
+    funnel.follow(log.since(0).records)
+    row = funnel.items.row("new")
+    cuts = {name: getattr(funnel.config, name).model_copy(update={"keep": keep}) for name, keep in (("coarse_rank", 6), ("fine_rank", 4))}
+    funnel.config = funnel.config.model_copy(update=cuts)
+
+    def fine(user: str):
+        queries = funnel.queries([FunnelRequest(user, 3, AT)])
+        return funnel.fine_rank(queries, funnel.coarse_rank(queries, funnel.recall(queries)))
+
+    ruled(funnel)
+    before = fine("u0")
+    assert row not in before.items[0], "what recall found of it did not survive"
+    ruled(funnel, new_items=NewItemsConfig(factor=1e9, exposures=1))
+    found = fine("u0")
+    assert row in found.items[0]
+    assert found.items[0, :3].tolist() == before.items[0, :3].tolist(), "it takes the last place, and the others' order stays"
+    assert (np.diff(found.scores[0]) <= 0).all(), "the order is the ranker's"
+    page_ = shown(funnel, "u0", 3)
+    assert (page_[0].item_id, (page_[0].explain or {})["rule"]) == ("new", "moved up: new")
+    funnel.exposures = {row: 1_000}
+    assert row not in fine("u0").items[0]
+
+
 def test_what_a_user_does_not_want_goes_and_its_like_stands_lower(funnel: Funnel) -> None:
     before = names(shown(funnel, k=10))
     hide = StoredEvent(before[0], "hide", int(AT * 1000) - 1000, None, "h")
