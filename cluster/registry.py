@@ -183,10 +183,10 @@ class Registry:
             )
         return self.promote(target)
 
-    def drop_alias(self, alias: Literal["canary"]) -> None:
-        """Take the alias away; its version stays."""
+    def drop_alias(self, alias: Literal["canary"]) -> str | None:
+        """Take the alias away; its version stays. Returns the version it stood at, if any."""
         with self._changing() as aliases:
-            aliases.pop(alias, None)
+            return aliases.pop(alias, None)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
@@ -269,7 +269,7 @@ def _inherited(source: Path) -> dict[str, Any]:
 
 
 def _advice(known: list[str]) -> str:
-    return f"Versions: {', '.join(known[-5:])}." if known else "It holds no version yet; 'rayfunnel train' publishes one."
+    return f"Versions: {', '.join(known[-5:])}." if known else "It holds no version yet; 'rayfunnel train -c FILE' publishes one."
 
 
 def _why(error: OSError, root: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +69,14 @@ def load(files: Sequence[Path], settings: Sequence[str] | None) -> Config:
     config = load_files(files, settings or ())
     refuse_relative_workdir(config.workdir)
     return config
+
+
+def next_step(command: str, files: Sequence[Path], settings: Sequence[str] | None) -> str:
+    """A command of ours for the same configuration, to be copied into a shell; passwords in settings are masked."""
+    from recsys.config_faults import redact
+
+    given = [part for file in files for part in ("-c", str(file))] + [part for setting in settings or () for part in ("--set", setting)]
+    return redact(f"rayfunnel {command} {shlex.join(given)}")
 
 
 def registry(files: Sequence[Path], settings: Sequence[str] | None) -> Registry:

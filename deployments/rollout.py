@@ -89,7 +89,9 @@ class Rollout:
                 break
         else:
             why = "; ".join(self.refused.values()) or f"the registry '{self._registry.root}' has no production version"
-            raise BundleError(f"There is nothing to serve: {why}. Train and promote a version first: rayfunnel train, rayfunnel promote.")
+            raise BundleError(
+                f"There is nothing to serve: {why}. Train and promote a version first: rayfunnel train -c FILE, rayfunnel promote -c FILE."
+            )
         self._watcher = threading.Thread(target=self._watch, name="rollout", daemon=True)
         self._watcher.start()
 

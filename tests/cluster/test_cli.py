@@ -124,7 +124,8 @@ def test_commands_pass_on_what_they_are_told(config: Path, pipeline: dict[str, A
     assert pipeline["recommend"][2]["only"] == '{"genres": "Comedy"}'
     assert run("tune", "-c", config, "--space", "space.yaml", "--trials", "4").exit_code == 0
     assert pipeline["search_config"][1:] == ([Path("space.yaml")], {"trials": 4, "write": None})
-    assert "rayfunnel promote v000002-0a1b2c3d" in flat(run("publish", "-c", config).stdout)
+    published = run("publish", "-c", config, "-s", "registry=redis://:hunter2@my host").stdout
+    assert published.endswith(f"Put it to work:\n  rayfunnel promote v000002-0a1b2c3d -c {config} --set 'registry=redis://:***@my host'\n")
 
 
 def test_an_error_of_ours_is_one_sentence_and_exit_code_2(config: Path, pipeline: dict[str, Any]) -> None:
@@ -219,10 +220,12 @@ def test_show_masks_passwords_and_tells_origins(config: Path) -> None:
 
 def test_versions_promote_rollback_and_publish_a_folder(config: Path, tmp_path: Path) -> None:
     registry = Registry(tmp_path / "work" / "registry")
-    assert "No version in" in run("versions", "-c", config).stdout
+    none = run("versions", "-c", config).stdout
+    assert "No version in" in none
+    assert none.endswith(f"yet. Publish one:\n  rayfunnel train -c {config}\n")
     empty = run("promote", "-c", config)
     assert empty.exit_code == 2
-    assert "It holds no version yet; 'rayfunnel train' publishes one." in empty.stderr
+    assert "It holds no version yet; 'rayfunnel train -c FILE' publishes one." in empty.stderr
     first = registry.publish(lambda at: (at / "x").write_text("1") and None, metrics={"ndcg@10": 0.125})
     published = run("publish", "-c", config, "--folder", registry.bundles / first)
     assert published.exit_code == 0
@@ -235,6 +238,13 @@ def test_versions_promote_rollback_and_publish_a_folder(config: Path, tmp_path: 
     assert run("rollback", "-c", config).stdout == f"{first} is production again\n"
     assert run("promote", "-c", config, "2", "--canary").stdout == f"{second} is canary\n"
     assert registry.aliases() == {"production": first, "previous": second, "canary": second}
+    for more in (["2"], ["--canary"]):
+        wrong = run("promote", "-c", config, "--drop-canary", *more)
+        assert (wrong.exit_code, wrong.stderr) == (2, "--drop-canary promotes nothing: give it neither a version nor --canary.\n")
+    assert run("promote", "-c", config, "--drop-canary").stdout == f"{second} is no longer canary\n"
+    assert run("promote", "-c", config, "--drop-canary").stdout == "No version was canary\n"
+    assert registry.aliases() == {"production": first, "previous": second}
+    assert "requests are not split" in flat(run("promote", "--help").stdout)
 
 
 def test_data_is_validated_and_described(config: Path) -> None:

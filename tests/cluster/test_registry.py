@@ -70,7 +70,8 @@ def test_a_canary_stands_beside_production(registry: Registry) -> None:
     registry.promote(first)
     registry.promote(second, alias="canary")
     assert registry.aliases() == {"production": first, "canary": second}
-    registry.drop_alias("canary")
+    assert registry.drop_alias("canary") == second
+    assert registry.drop_alias("canary") is None
     assert registry.aliases() == {"production": first}
 
 
@@ -90,7 +91,7 @@ def test_a_version_is_found_by_alias_number_beginning_and_hash(registry: Registr
 
 
 def test_a_name_that_is_no_version_gets_advice(registry: Registry) -> None:
-    with pytest.raises(BundleError, match=r"has no version 'latest'. It holds no version yet; 'rayfunnel train' publishes one."):
+    with pytest.raises(BundleError, match=r"has no version 'latest'. It holds no version yet; 'rayfunnel train -c FILE' publishes one."):
         registry.resolve("latest")
     version = registry.publish(content("a"))
     registry.publish(content("b"))

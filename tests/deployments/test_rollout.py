@@ -126,7 +126,7 @@ def test_a_start_on_nothing_says_what_to_do(named: dict[str, str], text: str) ->
     held = registry()
     held.held[V4] = BundleError("broken beyond use")
     held.named = named
-    with pytest.raises(BundleError, match=f"There is nothing to serve: {text}. Train and promote"):
+    with pytest.raises(BundleError, match=f"There is nothing to serve: {text}. Train and promote a version first: rayfunnel train -c FILE"):
         started(held)
 
 
