@@ -204,7 +204,7 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 
     @api.get("/v1/version", summary="What is served, what is held, what was refused and why")
     async def version() -> dict[str, Any]:
-        return service.version()
+        return await service.version()
 
     _one_shape_of_errors(api)
     return api

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -34,6 +35,8 @@ STAND_IN = "recall_stand_in"
 """The deployment that recalls on CPUs where the recall node has GPUs."""
 READY_S = 5.0
 """How long all replicas of a stage may take to say which versions they hold."""
+STATE_S = 1.0
+"""How long they may take to say how they are: GET /v1/version waits for it."""
 
 
 class Handles:
@@ -76,6 +79,18 @@ class Handles:
         handle = self._handles[STAND_IN if STAND_IN in self._handles else "recall"]
         found: Awaitable[list[tuple[str, float]]] = handle.similar_users.remote(version, queries, k, 1000 * left_s)
         return found
+
+    async def states(self) -> dict[str, Any]:
+        """What each replica of each stage says of itself; of one that does not answer in time, the fault's name."""
+        said = await asyncio.gather(*(self._state(name) for name in self._handles))
+        return dict(zip(self._handles, said, strict=True))
+
+    async def _state(self, name: str) -> list[Any]:
+        try:
+            said = await self._handles[name].broadcast("state").results_async(timeout_s=STATE_S, return_exceptions=True)
+        except Exception as error:  # noqa: BLE001  a stage that is away must not hide the rest
+            return [type(error).__name__]
+        return [type(one).__name__ if isinstance(one, BaseException) else one for one in said]
 
     async def why_not(self, version: str) -> str | None:
         """Why the stages cannot serve a version yet; None where every replica of each holds it."""
@@ -125,6 +140,7 @@ class Gateway:
             similar_users_elsewhere=self._handles.similar_users if "recall" in handles else None,
             monitor=ServeMonitor(),
             why_not=self._handles.why_not if handles else None,
+            stage_states=self._handles.states if handles else None,
             impressions=ImpressionLog(f"{config.root}/impressions", config.serve.impressions) if "://" not in config.root else None,
             items=items,
             follower=follower,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from deployments.live_counters import CountersFollower
 from deployments.stage import Stage
 from deployments.store_owner import url_of
@@ -19,6 +21,10 @@ class Recall(Stage):
         super().__init__(config, threads)
         self._counters = CountersFollower(config, url_of(config), self.rollout.funnels)  # what is trending now
         self._counters.start()
+
+    async def state(self) -> dict[str, Any]:
+        """See `Stage`; and how old the counters are."""
+        return await super().state() | {"item_counters": self._counters.state()}
 
     @staticmethod
     def take(funnel: Funnel, queries: Queries, candidates: Candidates | None) -> Candidates:  # noqa: ARG004  one shape for all stages

@@ -91,12 +91,13 @@ class Service:
         append_batch: int = 2_000,
         ingest_status: Callable[[], Awaitable[dict[str, Any]]] | None = None,
         counters_state: Callable[[], dict[str, Any]] | None = None,
+        stage_states: Callable[[], Awaitable[dict[str, Any]]] | None = None,
     ) -> None:
         self.config, self.rollout, self.store = config, rollout, store
         self.catalogue = CatalogueWrites(rollout, store, items or MemoryItemLog(), config.limits)
         self._follower = follower
         self._appender = Appender(store, most=append_batch)
-        self._ingest_status, self._counters_state = ingest_status, counters_state
+        self._ingest_status, self._counters_state, self._stage_states = ingest_status, counters_state, stage_states
         self._impressions = impressions
         self._rank_elsewhere, self._similar_elsewhere = rank_elsewhere, similar_elsewhere
         self._similar_users_elsewhere = similar_users_elsewhere
@@ -331,8 +332,8 @@ class Service:
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    def version(self) -> dict[str, Any]:
-        """The body of GET /v1/version."""
+    async def version(self) -> dict[str, Any]:
+        """The body of GET /v1/version: of this replica, and of every replica of the stages that run elsewhere."""
         rollout = self.rollout
         live = {"item_counters": self._counters_state()} if self._counters_state is not None else {}
         return (
@@ -347,6 +348,7 @@ class Service:
             }
             | ({"items": self._follower.state()} if self._follower is not None else {})
             | ({"impressions": self._impressions.state()} if self._impressions is not None else {})
+            | ({"stages": await self._stage_states()} if self._stage_states is not None else {})
         )
 
     async def ingest(self) -> dict[str, Any]:

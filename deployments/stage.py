@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from cluster.redis_items import RedisItemLog
 from cluster.registry_url import open_registry
@@ -57,7 +57,7 @@ class Stage(ABC):
         log_to_stderr()
         # One thread: a batch uses the CPUs it was given, the next one waits without fighting it for the interpreter.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
-        follower = ItemsFollower(RedisItemLog(url_of(config), config.store), poll_s=config.serve.items_poll_s)
+        self._items = follower = ItemsFollower(RedisItemLog(url_of(config), config.store), poll_s=config.serve.items_poll_s)
         follower.start()
         load = follower.loading(loader(*self.loads), config.rules)
         self.rollout = Rollout(open_registry(config.place("registry")), load, poll_s=config.serve.registry_poll_s)
@@ -73,6 +73,10 @@ class Stage(ABC):
         if version in self.rollout.held:
             return ""
         return self.rollout.refused.get(version, "still loading")
+
+    async def state(self) -> dict[str, Any]:
+        """What this replica holds and how old its live knowledge is, for /v1/version of the gateway."""
+        return {"held": self.rollout.held, "items": self._items.state()}
 
     async def run(self, version: str, queries: Queries, candidates: Candidates | None, left_ms: float) -> Candidates:
         """The stage's answer for a batch. Raises VersionAbsentError, and TimeoutError where its turn came too late."""

@@ -84,7 +84,7 @@ def test_a_service_that_ends_writes_what_waits_and_the_version_tells_what_was_lo
         one = service(rollout, log)
         for n in range(3):
             await one.recommend(orjson.dumps({"user_id": "u1", "timeout_ms": 20_000}), f"req{n}")
-        told = one.version()["impressions"]
+        told = (await one.version())["impressions"]
         await one.close()
         return told
 

@@ -61,3 +61,9 @@ def test_a_new_item_is_shown_and_a_deleted_one_is_not_under_load_and_after_a_res
     version = split.version()["items"]
     assert (version["changed"], version["deleted"]) == (1, 1)
     assert version["staleness_s"] < 5
+    stages = split.version()["stages"]
+    assert set(stages) == set(STAGES)
+    for stage, [told] in stages.items():
+        assert told["held"] == split.version()["held"]
+        assert (told["items"]["changed"], told["items"]["deleted"]) == (1, 1)
+        assert ("item_counters" in told) == (stage in ("recall", "fine_rank"))
