@@ -25,6 +25,9 @@ class Monitor:
     def batch(self, rows: int, timings: Mapping[str, float], degraded: Sequence[Degraded]) -> None:
         """A micro-batch was answered; timings are milliseconds by stage."""
 
+    def new_user(self, rung: str) -> None:
+        """A page was answered to a user without a history."""
+
     def events(self, accepted: int, duplicates: int, rejected: int, unknown_items: int) -> None:
         """A call with events was answered."""
 
@@ -41,6 +44,9 @@ class ServeMonitor(Monitor):
         self._degraded = metrics.Counter(
             "rayfunnel_degraded_total", "Answers in which something lesser stood in for a stage.", tag_keys=("stage", "rung", "reason")
         )
+        self._new_users = metrics.Counter(
+            "rayfunnel_new_user_pages_total", "Pages of users without a history, by the rung of cold_start.", tag_keys=("rung",)
+        )
         self._events = metrics.Counter("rayfunnel_events_total", "Events by what became of them.", tag_keys=("outcome",))
 
     def request(self, route: str, seconds: float) -> None:
@@ -52,6 +58,9 @@ class ServeMonitor(Monitor):
             self._stages.observe(ms, {"stage": stage})
         for note in degraded:
             self._degraded.inc(rows or 1, {"stage": note.stage, "rung": note.rung, "reason": note.reason})
+
+    def new_user(self, rung: str) -> None:
+        self._new_users.inc(1, {"rung": rung})
 
     def events(self, accepted: int, duplicates: int, rejected: int, unknown_items: int) -> None:
         for outcome, n in (("accepted", accepted), ("duplicate", duplicates), ("rejected", rejected), ("unknown_item", unknown_items)):

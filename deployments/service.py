@@ -151,6 +151,8 @@ class Service:
         if self._follower is not None:
             self._follower.note(item.item_id for item in answer.items)
         self._monitor.request("recommend", time.perf_counter() - started)
+        if answer.cold_start is not None:
+            self._monitor.new_user(answer.cold_start)
         return _shown(answer, body.request_id or request_id, variant, started)
 
     def _log_page(self, shown: Shown) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import orjson
 import pytest
 
 from deployments.edge import Edge
+from deployments.monitoring import Monitor
 from deployments.rollout import Rollout
 from deployments.service import Service
 from recsys.features.store import MemoryStore
@@ -41,11 +43,21 @@ def rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rollout]:
     made.stop()
 
 
-def told(rollout: Rollout, *requests: tuple[str, str, Any]) -> list[tuple[int, Any]]:
+class Counting(Monitor):
+    """Counts the pages of new users by rung."""
+
+    def __init__(self) -> None:
+        self.rungs: Counter[str] = Counter()
+
+    def new_user(self, rung: str) -> None:
+        self.rungs[rung] += 1
+
+
+def told(rollout: Rollout, *requests: tuple[str, str, Any], monitor: Monitor | None = None) -> list[tuple[int, Any]]:
     """(status, JSON) of each request, one after another, over one store."""
 
     async def run() -> list[tuple[int, Any]]:
-        edge = Edge(Service(PATIENT, rollout, MemoryStore()))
+        edge = Edge(Service(PATIENT, rollout, MemoryStore(), monitor=monitor))
         heard = [await speak(edge, method, path, orjson.dumps(body)) for method, path, body in requests]
         return [(h.status, h.json) for h in heard]
 
@@ -77,7 +89,10 @@ def test_interests_that_a_profile_declares_lead_the_page_until_the_user_has_a_hi
 
 
 def test_a_segment_is_named_and_a_known_user_has_no_rung(rollout: Rollout) -> None:
-    segment, context, known = told(rollout, asked("n", features={"country": "fr"}), asked("n", context={"colour": "red"}), asked("u3"))
+    monitor = Counting()
+    requests = (asked("n", features={"country": "fr"}), asked("n", context={"colour": "red"}), asked("u3"))
+    segment, context, known = told(rollout, *requests, monitor=monitor)
+    assert monitor.rungs == {"segment": 1, "interests": 1}
     assert (segment[1]["cold_start"], context[1]["cold_start"]) == ("segment", "interests")
     assert "cold_start" not in known[1]
 
