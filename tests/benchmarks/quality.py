@@ -1,7 +1,8 @@
 """Quality of every stage over seeds: `python -m tests.benchmarks.quality [--json] [--quick] [--seeds 3] [--sets movielens,kuairand]`.
 
-ML-100k next_item and ctr, KuaiRand by time and ctr: the shipped configurations, trained in this process (which the tests
-hold equal to Ray), judged on held-out events over the full catalogue. KuaiRand is left out where its folder is absent.
+ML-100k next_item and ctr, KuaiRand by time, ctr, and ctr with counters of past events: the shipped configurations, trained in this
+process (which the tests hold equal to Ray), judged on held-out events over the full catalogue. KuaiRand is left out where its
+folder is absent.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recsys.training import ModelConfig, TrainingConfig, describe, train_locally
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHOWN = ("ndcg@10", "recall@10", "hit@10", "mrr@10")
-SETS = ("movielens", "movielens_ctr", "kuairand", "kuairand_ctr")
+SETS = ("movielens", "movielens_ctr", "kuairand", "kuairand_ctr", "kuairand_live")
 
 
 def run(name: str, seed: int, settings: list[str], scratch: Path) -> dict[str, dict[str, float]]:
@@ -62,7 +63,7 @@ def run(name: str, seed: int, settings: list[str], scratch: Path) -> dict[str, d
         return out
 
     prepared = prepare(config)
-    if name.endswith("_ctr"):
+    if name.endswith(("_ctr", "_live")):
         return {row["model"]: row["metrics"] for row in judge_ctr(config, prepared, folder / "ctr", train)["rows"]}
     return _funnel(config, Recipe(config, prepared, folder, train))
 
