@@ -1,7 +1,8 @@
 """Events of the log as Parquet for training: each exactly once, whatever is killed when. The layout is `recsys.data.event_files`.
 
 A file is written under another name, synced and renamed; the manifest that names it replaces the one before in the same way,
-and that is the moment when its rows count. What a kill leaves beside the manifest is deleted by the next owner. The log is
+and that is the moment when its rows count. What a kill leaves beside the manifest is deleted by the next owner. Small files are
+merged in the same way: the larger one, then the manifest, and after an hour, when nobody reads them any more, they go. The log is
 trimmed behind the manifest only, so whatever is not counted can be read again. Two writers of one partition at once (the
 older one not knowing yet) write equal rows, as both read the same log; the newer one's manifest wins.
 """
@@ -9,7 +10,9 @@ older one not knowing yet) write equal rows, as both read the same log; the newe
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,6 +28,11 @@ from recsys.data.event_files import MANIFEST, SCHEMA, EventFile, Written, folder
 from recsys.features.store import NewEvent
 
 UNFINISHED = ".unfinished-"
+MERGE_AT = 32
+"""The newest files become one when there are so many that fit into one: a quiet log would leave a file a minute for ever."""
+KEEP_S = 3_600.0
+"""How long files that were merged into another stay: who has read the manifest of before is still reading them."""
+_SPAN = re.compile(r"(\d+)-(\d+)\.parquet")
 
 
 class ArchivedRow(NamedTuple):
@@ -46,15 +54,11 @@ class Archive:
         self.manifest = Written(partition=partition)
 
     def take(self, epoch: int) -> Written:
-        """Begin as the owner of this epoch: read the manifest, and delete what it does not name. Gives where to go on."""
+        """Begin as the owner of this epoch: read the manifest, and delete what was left beside it. Gives where to go on."""
         self._fs.create_dir(self._folder, recursive=True)
         held = read_manifest(self._fs, f"{self._folder}/{MANIFEST}") or Written(partition=self.partition)
         self.manifest = held.model_copy(update={"epoch": epoch})
-        named = {file.name for file in held.files} | {MANIFEST}
-        for info in self._fs.get_file_info(pafs.FileSelector(self._folder)):
-            if info.base_name not in named:
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.delete_file(info.path)
+        self._remove(leftovers=True)
         return self.manifest
 
     def append(self, rows: Sequence[ArchivedRow], at: str, n: int) -> Written:
@@ -65,10 +69,58 @@ class Archive:
             name = f"{held.n:012d}-{n - 1:012d}.parquet"
             self._put(name, lambda path: _write(table_of(rows, self.partition), self._fs, path))
             files = (*files, EventFile(name=name, first=held.n, last=n - 1, rows=len(rows), written=time.time()))
-        self.manifest = held.model_copy(update={"files": files, "at": at, "n": n})
-        text = self.manifest.model_dump_json(indent=1).encode()
-        self._put(MANIFEST, lambda path: _spill(text, self._fs, path))
+        return self._swap(held.model_copy(update={"files": files, "at": at, "n": n}))
+
+    def mergeable(self, most_rows: int) -> tuple[EventFile, ...]:
+        """The newest files that together hold at most `most_rows`, where they are MERGE_AT or more; else none."""
+        run, rows = 0, 0
+        for file in reversed(self.manifest.files):
+            rows += file.rows
+            if rows > most_rows:
+                break
+            run += 1
+        return self.manifest.files[-run:] if run >= MERGE_AT else ()
+
+    def merge(self, run: Sequence[EventFile]) -> EventFile:
+        """These files as one beside them, which counts when it is `put_for` them."""
+        name = f"{run[0].first:012d}-{run[-1].last:012d}.parquet"
+        paths = [f"{self._folder}/{file.name}" for file in run]
+        table = pa.concat_tables([pq.read_table(path, filesystem=self._fs, schema=SCHEMA, partitioning=None) for path in paths])
+        self._put(name, lambda path: _write(table, self._fs, path))
+        return EventFile(name=name, first=run[0].first, last=run[-1].last, rows=len(table), written=run[-1].written)
+
+    def put_for(self, run: Sequence[EventFile], one: EventFile) -> Written:
+        """Let the merged file count in place of `run`; what was merged KEEP_S ago is deleted."""
+        files = self.manifest.files
+        at = files.index(run[0])
+        self._swap(self.manifest.model_copy(update={"files": (*files[:at], one, *files[at + len(run) :])}))
+        self._remove(leftovers=False)
         return self.manifest
+
+    def _swap(self, manifest: Written) -> Written:
+        text = manifest.model_dump_json(indent=1).encode()
+        self._put(MANIFEST, lambda path: _spill(text, self._fs, path))
+        self.manifest = manifest  # not before: the log is trimmed behind it
+        return manifest
+
+    def _remove(self, *, leftovers: bool) -> None:
+        """Delete files that were merged into others KEEP_S ago, and with `leftovers` whatever else the manifest does not name. What is
+        not named may be the next owner's, so that leftovers are for the moment alone in which the partition is taken."""
+        named = {file.name for file in self.manifest.files} | {MANIFEST}
+        held = {info.base_name: info for info in self._fs.get_file_info(pafs.FileSelector(self._folder))}
+        spans = {name: (int(m[1]), int(m[2])) for name in held if (m := _SPAN.fullmatch(name))}
+        for name, info in held.items():
+            if name in named:
+                continue
+            first, last = spans.get(name, (-1, -1))
+            over = [other for other, (a, b) in spans.items() if other != name and a <= first and last <= b]
+            if named.isdisjoint(over):
+                gone = leftovers
+            else:  # merged when the first of the files that hold it was written, which may be merged again by now
+                gone = time.time() - min(held[other].mtime_ns or math.inf for other in over) / 1e9 >= KEEP_S
+            if gone:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.delete_file(info.path)
 
     def _put(self, name: str, write: Callable[[str], None]) -> None:
         """A file under its name, whole or not at all."""

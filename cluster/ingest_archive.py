@@ -38,7 +38,7 @@ class Archiving:
         return sum([await self.write(p, owned) for p, owned in list(self._held.owned.items())])
 
     async def write(self, partition: int, owned: Owned) -> int:
-        """One partition up to what is applied, in files of at most `parquet_rows`; then trim the log behind it."""
+        """One partition up to what is applied, in files of at most `parquet_rows`, small ones merged; then trim the log behind it."""
         written, settings = 0, self._held.config.ingest
         while (archive := owned.archive).manifest.n < owned.claim.n:
             manifest = archive.manifest
@@ -47,12 +47,19 @@ class Archiving:
                 break
             batch = await self._held.batch(partition, manifest.n, entries)
             rows = [ArchivedRow(t.event, t.n, t.entry.told_ms) for t in batch.taken]
-            if not (await self._held.store.renew({partition: owned.claim}, settings.lease_s))[partition]:
+            if not await self._ours(partition, owned):
                 break  # somebody else has it: what counts is theirs to say
             await asyncio.to_thread(archive.append, rows, entries[-1].position, manifest.n + len(entries))
             written += len(rows)
+        if run := owned.archive.mergeable(settings.parquet_rows):
+            one = await asyncio.to_thread(owned.archive.merge, run)
+            if await self._ours(partition, owned):
+                await asyncio.to_thread(owned.archive.put_for, run, one)
         await self._trim(partition, owned)
         return written
+
+    async def _ours(self, partition: int, owned: Owned) -> bool:
+        return (await self._held.store.renew({partition: owned.claim}, self._held.config.ingest.lease_s))[partition]
 
     async def _page(self, partition: int, after: str, most: int) -> list[Entry]:
         found: list[Entry] = []

@@ -59,7 +59,7 @@ class IngestConfig(FrozenConfig):
     parquet_every_s: PositiveFloat = 60.0
     """How long an event may wait for Parquet."""
     parquet_rows: PositiveInt = 100_000
-    """Most rows of a Parquet file, and how many waiting ones are written at once."""
+    """Most rows of a Parquet file, and how many waiting ones are written at once. Small files are merged into larger ones."""
     keep_h: NonNegativeFloat = 1.0
     """How long an event stays in the stream after it is in Parquet."""
     catch_up_events: NonNegativeInt = 1_000_000

@@ -6,7 +6,8 @@
 A file is named after the first and the last log position that it covers; positions count the entries of a partition's log
 from 0, unparsable ones (dead letters) included, so a file may hold fewer rows than its name says and the first file need not
 begin at 0. Only files that the manifest names count: it is replaced in one step after its file is on disk, and what lies beside
-it is left over from a kill. All events of a user are in one partition, in the order in which they came.
+it is left over from a kill, or was merged into a larger file within the last hour. All events of a user are in one partition, in the
+order in which they came.
 
 Columns: user_id, item_id, event (string); time_ms (int64, when it happened: late events come late, so this does not ascend);
 value (float64, null); event_id (string); request_id (string, null); context (string, JSON object); partition (int16);
