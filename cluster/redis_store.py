@@ -29,6 +29,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from cluster.redis_cluster import client_of, clustered, is_cluster
+from recsys.config_faults import redact
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
 from recsys.features.store import (
@@ -139,7 +140,7 @@ def from_history(held: bytes | None) -> list[StoredEvent]:
 def redacted(url: str) -> str:
     """A URL that may be shown: without its password."""
     parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+    return redact(url.replace(f":{parts.password}@", ":***@") if parts.password else url)
 
 
 def connected(url: str, *, timeout_s: float | None = None) -> Redis:

@@ -73,10 +73,12 @@ def load(files: Sequence[Path], settings: Sequence[str] | None) -> Config:
 
 def next_step(command: str, files: Sequence[Path], settings: Sequence[str] | None) -> str:
     """A command of ours for the same configuration, to be copied into a shell; passwords in settings are masked."""
-    from recsys.config_faults import redact
+    from recsys.config_faults import shown_setting
 
-    given = [part for file in files for part in ("-c", str(file))] + [part for setting in settings or () for part in ("--set", setting)]
-    return redact(f"rayfunnel {command} {shlex.join(given)}")
+    given = [part for file in files for part in ("-c", str(file))] + [
+        part for setting in settings or () for part in ("--set", shown_setting(setting))
+    ]
+    return f"rayfunnel {command} {shlex.join(given)}"
 
 
 def registry(files: Sequence[Path], settings: Sequence[str] | None) -> Registry:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, field_serializer, field_validator
 
-from recsys.config_faults import Fault, flatten, nearest, redact, tag_of
+from recsys.config_faults import Fault, flatten, nearest, redact, shown, tag_of
 from recsys.config_file import Loaded, read_as
 from recsys.config_manual import template
 from recsys.core import FrozenConfig
@@ -352,7 +352,8 @@ def _filled(value: Any, folder: str) -> Any:
 
 
 def written(model: BaseModel) -> dict[str, Any]:
-    """The values that were given, and every `type`: what is left out keeps meaning the default when it is read again."""
+    """The values that were given, and every `type`: what is left out keeps meaning the default when it is read again. Options that
+    are secret by their names are masked."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -364,7 +365,7 @@ def written(model: BaseModel) -> dict[str, Any]:
         return value
 
     given = model.model_fields_set | ({"type"} & type(model).model_fields.keys())
-    return {info.alias or name: plain(getattr(model, name)) for name, info in type(model).model_fields.items() if name in given}
+    return {info.alias or name: plain(shown(model, name)) for name, info in type(model).model_fields.items() if name in given}
 
 
 def manual() -> str:

@@ -18,6 +18,10 @@ from pydantic_core import ErrorDetails
 
 PASSWORD = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)(?!\$\{)[^\s\"']+(?=@)")
 """The password in `scheme://user:password@host`; `${NAME}` in its place is none yet."""
+QUERY_PASSWORD = re.compile(r"(?P<before>[?&]password=)(?!\$\{)[^\s\"'&#]+", re.IGNORECASE)
+"""The password in `redis://host?password=…`, where clients of Redis take it as well."""
+SECRET = re.compile("password|secret|token|key", re.IGNORECASE)
+"""Names of options, handed to a client of somebody else's, whose values are shown to nobody."""
 Path = tuple[str | int, ...]
 NOTHING: Any = object()
 """No value came, or it needs no showing; None is a null that somebody wrote."""
@@ -25,7 +29,31 @@ NOTHING: Any = object()
 
 def redact(text: str) -> str:
     """The text with the password of every URL in it replaced by ***."""
-    return PASSWORD.sub(r"\g<before>***", text)
+    return QUERY_PASSWORD.sub(r"\g<before>***", PASSWORD.sub(r"\g<before>***", text))
+
+
+class Secrets:
+    """Marks a field of options, some of which are secret by their names."""
+
+
+def masked(options: Mapping[str, str]) -> dict[str, str]:
+    """The options with what is secret by its name, and the password of every URL, replaced by ***."""
+    return {name: "***" if SECRET.search(name) else redact(value) for name, value in options.items()}
+
+
+def shown(model: BaseModel, name: str) -> Any:
+    """The value of a field as it may be printed and kept."""
+    value = getattr(model, name)
+    return masked(value) if any(isinstance(mark, Secrets) for mark in type(model).model_fields[name].metadata) else value
+
+
+def shown_setting(setting: str) -> str:
+    """A `path=value` setting as it may be printed: of secret options the path alone."""
+    return f"{setting.partition('=')[0]}=***" if _of_secret_options(setting) else redact(setting)
+
+
+def _of_secret_options(text: str) -> bool:
+    return "options" in text and SECRET.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,8 @@ class Fault:
         if self.value is NOTHING:
             return ""
         text = json.dumps(self.value, ensure_ascii=False, default=str)
+        if _of_secret_options(self.path + text):
+            return "***"
         return redact(text if len(text) <= 60 else text[:57] + "...")
 
 

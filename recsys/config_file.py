@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from recsys.config_faults import Fault, Origin, explain, nearest
+from recsys.config_faults import Fault, Origin, explain, nearest, shown_setting
 
 Schema = TypeVar("Schema", bound=BaseModel)
 BASE = Path(__file__).parent.parent / "configs" / "base.yaml"
@@ -223,7 +223,7 @@ class Reader:
 
     def _setting(self, setting: str, tree: Node) -> Node | None:
         """`a.b.c=value` as a tree; a number steps into a list, whose other entries stay."""
-        origin = Origin(f"--set {setting}")
+        origin = Origin(f"--set {shown_setting(setting)}")
         path, equals, text = setting.partition("=")
         parts = path.strip().split(".")
         if not equals or not all(parts):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from recsys.config_faults import flatten, redact, tag_of
+from recsys.config_faults import flatten, redact, shown, tag_of
 
 WIDTH = 118
 
@@ -36,7 +36,7 @@ class _Writer:
                 yield ""
             if self.comments and first:
                 yield from _wrapped(comment(name, info.description, info.annotation), pad)
-            yield from self.entry(info.alias or name, getattr(model, name), path)
+            yield from self.entry(info.alias or name, shown(model, name), path)
 
     def entry(self, name: str, value: Any, path: tuple[str, ...]) -> Iterator[str]:
         pad, here = "  " * len(path), (*path, name)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_serializer
 
+from recsys.config_faults import Secrets, masked
 from recsys.core import FrozenConfig
 
 
@@ -28,8 +29,13 @@ class KafkaLogConfig(FrozenConfig):
     """Brokers to begin with: host:9092,host:9092."""
     topic: str = "rayfunnel-events"
     """Created with store.partitions partitions where it is missing. Its retention must outlast what is not in Parquet yet."""
-    options: dict[str, str] = Field(default_factory=dict)
-    """Further settings of librdkafka, such as security.protocol; passwords by ${VARIABLE}."""
+    options: Annotated[dict[str, str], Secrets()] = Field(default_factory=dict, repr=False)
+    """Further settings of librdkafka, such as security.protocol; passwords by ${VARIABLE}. What is named a password, secret, token or
+    key is never printed or kept."""
+
+    @field_serializer("options", when_used="json")
+    def _masked(self, options: dict[str, str]) -> dict[str, str]:
+        return masked(options)
 
 
 EventLogConfig = Annotated[RedisLogConfig | KafkaLogConfig, Field(discriminator="type")]

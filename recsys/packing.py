@@ -44,8 +44,8 @@ def pack(funnel: Funnel, folder: Path, *, tower: Path, ranker: Path) -> dict[str
     the funnel: what was lost or reordered on the way to the disk or back.
     """
     document = funnel.config.document()
-    for local in ("workdir", "registry", "redis_url"):
-        document.pop(local, None)  # where a bundle was made says nothing of what it is
+    for local in ("workdir", "registry", "redis_url", "store", "ingest", "serve"):
+        document.pop(local, None)  # where a bundle was made, and where it is served, says nothing of what it is
     document["data"]["interactions"].pop("live", None)
     (folder / "config.json").write_text(json.dumps(document, indent=1))  # unsorted: channels are columns of the evidence
     funnel.users.save(folder, "users")

@@ -215,6 +215,8 @@ def test_whatever_a_server_says_instead_of_an_answer_is_unavailable(fault, text)
 def test_a_password_is_taken_from_the_environment_and_never_shown(own_valkey, monkeypatch, caplog):
     assert redacted("redis://user:s3cret@host:6379/0") == "redis://user:***@host:6379/0"
     assert redacted("unix:///tmp/x.sock") == "unix:///tmp/x.sock"
+    assert redacted("redis://host:6379/0?password=s3cret&db=2") == "redis://host:6379/0?password=***&db=2"
+    assert redacted("redis://user:it's@host?db=1&Password=s3cret") == "redis://user:***@host?db=1&Password=***"
     asyncio.run(command(own_valkey, "CONFIG", "SET", "requirepass", "s3cret"))
 
     async def ping(url):

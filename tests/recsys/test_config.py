@@ -12,6 +12,7 @@ from recsys.config_faults import dotted_paths, redact
 from recsys.config_file import Reader, read_as
 from recsys.config_manual import document
 from recsys.errors import ConfigError
+from recsys.ingest_config import KafkaLogConfig
 from recsys.places import OnlyPlaces
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -198,6 +199,56 @@ def test_passwords_come_from_the_environment_and_are_never_shown(tmp_path: Path,
     assert "hunter2" not in "".join(wrong)
 
 
+KAFKA = """\
+ingest:
+  log:
+    type: kafka
+    servers: h:9092
+    options: {sasl.username: me, sasl.password: "${KAFKA_PASSWORD}", ssl.key.pem: "-----BEGIN hunter3", proxy.url: "http://u:hunter4@p"}
+"""
+
+
+def test_options_that_are_secret_by_their_names_reach_the_client_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_PASSWORD", "hunter2")
+    path = file(tmp_path, MINIMAL + KAFKA)
+    config = load([path])
+    log = config.ingest.log
+    assert isinstance(log, KafkaLogConfig)
+    assert log.options["sasl.password"] == "hunter2"
+    kept = config.document()["ingest"]["log"]["options"]
+    assert kept == {"sasl.username": "me", "sasl.password": "***", "ssl.key.pem": "***", "proxy.url": "http://u:***@p"}
+    loaded = read([path], ["ingest.log.options={sasl.password: hunter5}"])
+    assert loaded.config is not None
+    origins = {dotted: str(origin) for dotted, origin in loaded.tree.leaves()}
+    printed = (
+        document(config),
+        document(loaded.config, comments=False, origins=origins),
+        config.model_dump_json(),
+        repr(config),
+        str(config),
+    )
+    for text in (*printed, json.dumps(config.document())):
+        assert "hunter" not in text
+    assert "sasl.username: me, sasl.password: '***'" in printed[0]
+    assert origins["ingest.log.options.sasl.password"] == "--set ingest.log.options=***"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "ingest.log.options={sasl.password: 4711}",
+        "ingest.log={type: kafka, servers: h, options: {sasl.password: 4711}}",
+        "ingest.log=[{options: {sasl.password: '4711'}}]",
+        "ingest.log.options.sasl.password",
+    ],
+)
+def test_a_fault_in_secret_options_does_not_tell_them(tmp_path: Path, setting: str) -> None:
+    found = faults(file(tmp_path, MINIMAL + "ingest: {log: {type: kafka, servers: h}}\n"), setting)
+    assert found
+    assert "4711" not in "".join(found)
+    assert "--set ingest.log" in found[0]
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -206,6 +257,9 @@ def test_passwords_come_from_the_environment_and_are_never_shown(tmp_path: Path,
         ('{"a":"redis://u:p@ss@h","b":"x@y"}', '{"a":"redis://u:***@h","b":"x@y"}'),
         ("ready at http://host:8000/ for x@y", "ready at http://host:8000/ for x@y"),
         ("rediss://:${PASSWORD}@h", "rediss://:${PASSWORD}@h"),
+        ("redis://h/0?password=pw&db=1", "redis://h/0?password=***&db=1"),
+        ('{"a":"unix:///s?db=1&password=p@w","b":1}', '{"a":"unix:///s?db=1&password=***","b":1}'),
+        ("redis://h?password=${PASSWORD}", "redis://h?password=${PASSWORD}"),
     ],
 )
 def test_redact_hides_the_password_of_a_url_and_nothing_else(text: str, shown: str) -> None:

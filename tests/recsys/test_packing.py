@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from deployments.rollout import loader
 from recsys import bundle as bundles
 from recsys import channels, packing
+from recsys.config import Config
 from recsys.core import Vocabulary
 from recsys.errors import BundleError
 from recsys.features.stream import Stream
@@ -78,6 +80,17 @@ def test_a_bundle_that_is_whole_answers_as_the_trained_funnel_did(trained, tmp_p
         np.testing.assert_allclose(then["scores"], now["scores"], atol=1e-4)
     assert packing.differences(Funnel.load(folder), folder) == []
     loader(*STAGES)(folder)
+
+
+def test_a_bundle_holds_no_address_and_no_password_of_where_it_was_made(trained, tmp_path):
+    steps, final = trained
+    log = {"type": "kafka", "servers": "broker:9092", "options": {"sasl.password": "hunter2"}}
+    given = {"redis_url": "redis://db?password=hunter2", "ingest": {"log": log}, "store": {"prefix": "mine"}, "serve": {"host": "10.0.0.7"}}
+    elsewhere = replace(final, config=Config.model_validate(final.config.document() | given))
+    folder = written((steps, elsewhere), tmp_path)
+    for text in ((folder / "config.json").read_text(), (folder / bundles.MANIFEST).read_text()):
+        for told in ("hunter2", "broker:9092", "10.0.0.7", '"mine"', "redis_url"):
+            assert told not in text
 
 
 @pytest.mark.parametrize("breaks", BROKEN)
