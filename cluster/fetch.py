@@ -36,7 +36,6 @@ KUAIRAND_FILES = (
     "video_features_basic_pure.parquet",
     "history_before_20220425.parquet",
 )
-KUAIRAND_DEFAULT = Path("../shared/data/kuairand_pure")
 TIMEOUT_S = 300
 
 Download = Callable[[str, Path], Path]
@@ -46,14 +45,11 @@ Download = Callable[[str, Path], Path]
 def fetch(name: str, folder: Path) -> Path:
     """Make a public data set be in `folder` and give the folder that holds its files.
 
-    ml-100k is fetched unless its files lie there whole. kuairand is never fetched: the folder is KUAIRAND_DIR, or
-    ../shared/data/kuairand_pure. DataError says what to do where a set cannot be had.
+    ml-100k is fetched unless its files lie there whole. DataError says what to do where a set cannot be had.
     """
     if name == "ml-100k":
         return fetch_ml_100k(folder)
-    if name == "kuairand":
-        return find_kuairand()
-    raise DataError(f"There is no public data set '{name}'. Known: ml-100k, kuairand.")
+    raise DataError(f"There is no public data set '{name}' to fetch. Known: ml-100k. KuaiRand lies where KUAIRAND_DIR says.")
 
 
 def fetch_ml_100k(folder: Path, download: Download | None = None) -> Path:
@@ -112,8 +108,10 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 
 def find_kuairand() -> Path:
-    """The folder of the KuaiRand slice, or DataError with where it is from."""
-    folder = Path(os.environ.get("KUAIRAND_DIR") or KUAIRAND_DEFAULT)
+    """The folder of the KuaiRand slice, which KUAIRAND_DIR names; or DataError with where it is from."""
+    if not (given := os.environ.get("KUAIRAND_DIR")):
+        raise DataError("kuairand: KUAIRAND_DIR is not set. Let it name the folder of the slice; the README says what lies there.")
+    folder = Path(given)
     missing = [file for file in KUAIRAND_FILES if not (folder / file).is_file()]
     if missing:
         raise DataError(

@@ -116,12 +116,15 @@ def test_pip_is_asked_for_the_wheel_alone(tmp_path, monkeypatch, wheel):
 def test_kuairand_is_only_pointed_at(tmp_path, monkeypatch):
     monkeypatch.setenv("KUAIRAND_DIR", str(tmp_path))
     with pytest.raises(DataError, match=r"kuairand: .* lacks log_20220425_20220506.parquet, .* point KUAIRAND_DIR at the folder"):
-        fetch.fetch("kuairand", tmp_path)
+        fetch.find_kuairand()
     for name in fetch.KUAIRAND_FILES:
         (tmp_path / name).touch()
-    assert fetch.fetch("kuairand", Path("unused")) == tmp_path
+    assert fetch.find_kuairand() == tmp_path
+    monkeypatch.delenv("KUAIRAND_DIR")
+    with pytest.raises(DataError, match="KUAIRAND_DIR is not set"):
+        fetch.find_kuairand()
 
 
 def test_an_unknown_set_is_refused_with_those_known(tmp_path):
-    with pytest.raises(DataError, match=r"There is no public data set 'ml-1m'. Known: ml-100k, kuairand"):
+    with pytest.raises(DataError, match=r"There is no public data set 'ml-1m' to fetch. Known: ml-100k"):
         fetch.fetch("ml-1m", tmp_path)
