@@ -17,7 +17,7 @@ help: ## what each target does
 
 $(VENV)/.installed-$(KIND): requirements/$(KIND).txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "Installing into $(VENV) ($$($(PYTHON) --version), $(KIND) host): torch, then 110 pinned packages"
+	@echo "Installing into $(VENV) ($$($(PYTHON) --version), $(KIND) host): torch, then 111 pinned packages"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --no-deps -r requirements/$(KIND).txt
