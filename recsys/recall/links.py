@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -17,7 +18,7 @@ from scipy import sparse
 
 from recsys.allowed import Allowed
 from recsys.core import UNKNOWN, Queries
-from recsys.recall.order import EMPTY, best_first, descending, scores_of
+from recsys.recall.order import EMPTY, LOW, best_first, descending, scores_of
 
 Newest = Annotated[PositiveInt | None, Field(description="Newest events of the history that count; null: all that the query brings.")]
 Decay = Annotated[
@@ -69,13 +70,16 @@ class ItemLinks:
         """The same links from their other end, strongest first; with `keep`, only so many of each item."""
         n = len(self)
         source = np.repeat(np.arange(n, dtype=np.int32), np.diff(self.indptr))
-        order = np.lexsort((source, -self.weights, self.items))
-        size = np.bincount(self.items, minlength=n)
+        keys = descending(self.weights) | source.astype(np.uint64)
+        other = sparse.csr_matrix((keys, self.items, self.indptr), shape=(n, n)).tocsc()  # a counting sort by their other end
+        keys, size = other.data, np.diff(other.indptr)
+        for low, high in pairwise(other.indptr.tolist()):
+            keys[low:high].sort()
         if keep is not None:
-            place = np.arange(len(order)) - np.repeat(np.cumsum(size) - size, size)
-            order, size = order[place < keep], np.minimum(size, keep)
+            keys = keys[np.arange(len(keys)) - np.repeat(other.indptr[:-1], size) < keep]
+            size = np.minimum(size, keep)
         indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
-        return type(self)(indptr, source[order], self.weights[order])
+        return type(self)(indptr, (keys & LOW).astype(np.int32), scores_of(keys))
 
     @cached_property
     def matrix(self) -> sparse.csr_matrix:
