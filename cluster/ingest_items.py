@@ -48,13 +48,11 @@ class ItemHop:
         mine = {p: owned for p, owned in mine.items() if p in states}
         before = {p: {s: placed(owned.sources.get(s, f" {owned.firsts[s]}")) for s in range(held.partitions)} for p, owned in mine.items()}
         starts = {s: min((before[p][s] for p in mine), key=lambda at: at[1]) for s in range(held.partitions)}
-        shared = {s: batch for s, (at, n) in starts.items() if (batch := held.kept(s, at, n)) is not None}
-        pages = await self._log.read({s: at for s, (at, _) in starts.items() if s not in shared}, held.config.ingest.batch)
+        pages = await self._log.read({s: at for s, (at, _) in starts.items()}, held.config.ingest.batch)
         if held.repeats:  # only the first hop tells which of two equal entries counts
             applied = {h.partition: h.n for h in await held.store.heads(range(held.partitions))}
             pages = {s: entries[: max(0, applied[s] - starts[s][1])] for s, entries in pages.items()}
         batches = {s: await held.batch(s, starts[s][1], entries) for s, entries in pages.items() if entries}
-        batches |= {s: batch for s, batch in shared.items() if batch.entries}
         if held.counting is not counting:  # another declaration came in force meanwhile: these are states of the old one
             for owned in mine.values():
                 owned.items = None

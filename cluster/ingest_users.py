@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog
-from cluster.owned import Batch, Holding, Kept, Known, Owned, Taken, uncounted
+from cluster.owned import Batch, Holding, Known, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
 from recsys.features.counting import Counting
 from recsys.features.records import counted_field
@@ -59,7 +59,6 @@ class UserHop:
             if isinstance(answer, Exception) or owned is None or owned.claim is not step.claim:
                 continue
             owned.claim = step.claim._replace(at=step.at, n=step.n)
-            held.keep(owned, Kept(step.claim.at, step.claim.n, counting, batches[step.partition]))
             if answer:
                 await self._restore(counting, owned, step, [step.users[i].user_id for i in answer])
         self._bound()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,8 +19,6 @@ from recsys.features.groups import Row
 from recsys.features.store import NewEvent
 from recsys.features.stream import States
 
-MOST_KEPT = 20_000
-"""Entries of all partitions that are kept as rows for the second hop, at about 1.5 kB each."""
 SKEW_S = 3_600.0
 """Clocks of gateways and of the log may differ by this much more than serve.limits.future_s before a record is a dead letter."""
 
@@ -33,15 +31,6 @@ class Known:
     seeded: bool = False
     stale: list[bytes] = field(default_factory=list)
     """Fields in the store of declarations that are no longer in force: they go with the next change, or they would be behind one day."""
-
-
-class Kept(NamedTuple):
-    """What the first hop took in one step: the place in the log behind which it begins, and in which declaration it was read."""
-
-    at: str
-    n: int
-    counting: Counting
-    batch: Batch
 
 
 @dataclass
@@ -67,8 +56,6 @@ class Owned:
     rewrite: bool = False
     """The store lacks item-side keys that we know: write them all."""
     published: float = 0.0
-    kept: deque[Kept] = field(default_factory=deque)
-    """The newest batches that the first hop applied, for the second: it need neither read nor parse them again."""
 
 
 class Taken(NamedTuple):
@@ -103,27 +90,6 @@ class Holding:
     counting: Counting
     repeats: bool = False
     owned: dict[int, Owned] = field(default_factory=dict)
-
-    def keep(self, owned: Owned, kept: Kept) -> None:
-        """Keep a batch for the second hop; the oldest ones make room."""
-        owned.kept.append(kept)
-        entries = sum(len(one.batch.entries) for one in owned.kept)
-        while entries > MOST_KEPT // max(1, len(self.owned)):
-            entries -= len(owned.kept.popleft().batch.entries)
-
-    def kept(self, partition: int, at: str, n: int) -> Batch | None:
-        """What the first hop applied behind a place in a log; an empty batch where that is nothing. None: it must be read from the log."""
-        owned = self.owned.get(partition)
-        if owned is None or self.repeats:
-            return None
-        if owned.claim.n == n and owned.claim.at == at:
-            return Batch([])
-        while owned.kept and (owned.kept[0].n < n or owned.kept[0].counting is not self.counting):
-            owned.kept.popleft()  # counted already, or of another declaration
-        if not owned.kept or (owned.kept[0].at, owned.kept[0].n) != (at, n):
-            return None
-        batches = [one.batch for one in owned.kept]
-        return Batch([e for b in batches for e in b.entries], [t for b in batches for t in b.taken])
 
     @property
     def partitions(self) -> int:

@@ -9,7 +9,6 @@ import time
 import orjson
 import pytest
 
-from cluster import owned
 from cluster.event_log import RedisLog
 from cluster.ingest import Ingest
 from cluster.ingest_status import dead_letters, status
@@ -47,37 +46,6 @@ def test_counters_in_the_store_are_those_of_the_streaming_road(url, tmp_path):
         await ingest.close()
 
     asyncio.run(scenario())
-
-
-@pytest.mark.parametrize(("most", "read_again"), [(20_000, False), (0, True)])
-def test_the_second_hop_reads_no_entry_again_that_the_first_has_just_applied_unless_it_had_to_make_room(
-    url, tmp_path, monkeypatch, most, read_again
-):
-    config = config_of(tmp_path)
-    monkeypatch.setattr(owned, "MOST_KEPT", most)
-
-    async def scenario():
-        asked = []
-        await told(config, url, some_events(100))
-        ingest = Ingest(config, url, load)
-        log = ingest._items._log
-        read = log.read
-
-        async def noted(after, count, **how):
-            found = await read(after, count, **how)
-            asked.extend(e for entries in found.values() for e in entries)
-            return found
-
-        monkeypatch.setattr(log, "read", noted)
-        await drained(ingest)
-        await told(config, url, some_events(150, 5)[100:])  # and what comes later, behind what is counted
-        await drained(ingest)
-        await archived_all(ingest)
-        await same_as_the_batch_road(config, url, tmp_path)
-        await ingest.close()
-        return asked
-
-    assert bool(asyncio.run(scenario())) == read_again
 
 
 def test_duplicates_late_events_and_random_kills_change_nothing(url, tmp_path):
