@@ -20,7 +20,7 @@ from cluster.event_log import Entry, EventLog
 from cluster.owned import Holding, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
 from recsys.data.event_files import Written, opened, pages, partition_manifest
-from recsys.features.counting import Counting, home
+from recsys.features.counting import Counting, by_name, home
 from recsys.features.covered import Covered
 from recsys.features.records import counted_field
 from recsys.features.store import NewEvent
@@ -143,9 +143,8 @@ class CatchUp:
             async for taken in self.rows(counting, source, counting.covered, upto):
                 for t in taken:
                     try:
-                        for number, key, event in counting.of_items(t.row):
-                            if number in lacking and home(key, self._held.partitions) == partition:
-                                counting.add_item(states, number, key, event)
+                        mine = [x for x in counting.of_items(t.row) if x[0] in lacking and home(x[1], self._held.partitions) == partition]
+                        counting.add_items(states, by_name(mine))
                     except Exception as fault:  # noqa: BLE001  likewise
                         self._pass_over(source, t.n, fault)
 

@@ -11,20 +11,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog
-from cluster.owned import Holding, Owned, uncounted
+from cluster.owned import Holding, Owned, Taken, uncounted
 from cluster.partition import ItemStep
-from recsys.features.counting import Counting, home
-from recsys.features.covered import packed_since, unpacked_since
+from recsys.features.counting import Counting, Name, home
+from recsys.features.covered import Covered, packed_since, unpacked_since
+from recsys.features.generate import Event
+from recsys.features.reading import Touched
 from recsys.features.snapshot import packed_snapshot
-from recsys.features.stream import Key, States
+from recsys.features.stream import States
 
 log = logging.getLogger(__name__)
-
-Name = tuple[int, Key]
 
 
 class ItemHop:
@@ -58,30 +58,28 @@ class ItemHop:
                 owned.items = None
             return {}
         async with self._whole:
-            changed: dict[int, set[Name]] = {p: set() for p in mine}
+            events: dict[int, dict[Name, list[Event]]] = {p: {} for p in mine}
             sources: dict[int, dict[int, tuple[str, str]]] = {p: {} for p in mine}
             for s, batch in batches.items():
                 entries = batch.entries
+                doubtful = {p: self._doubtful(owned, s, before[p][s][1]) for p, owned in mine.items()}
                 for taken in batch.taken:
-                    try:
-                        for number, key, event in counting.of_items(taken.row):
-                            p = home(key, held.partitions)
-                            if p not in mine or taken.n < before[p][s][1]:
-                                continue
-                            began = mine[p].since.get(counting.item_records.marks[number])
-                            if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
-                                counting.add_item(states[p], number, key, event)
-                                changed[p].add((number, key))
-                    except Exception as fault:  # noqa: BLE001  one event must not stop the item side; the first hop buries what it meets
-                        log.debug("ingest partition=%d entry=%d at the item side: %s", s, taken.n, uncounted(fault))
+                    for number, key, event in self._touched(counting, s, taken):
+                        p = home(key, held.partitions)
+                        if p not in mine or taken.n < before[p][s][1]:
+                            continue
+                        began = doubtful[p].get(number)
+                        if began is None or not began.holds(s, taken.n, taken.entry.told_ms):
+                            events[p].setdefault((number, key), []).append(event)
                 end = starts[s][1] + len(entries)
                 for p, owned in mine.items():
                     if before[p][s][1] < end:
                         sources[p][s] = (owned.sources.get(s, ""), f"{entries[-1].position} {end}")
             steps = []
             for p, owned in mine.items():
+                self._count(counting, p, states[p], events[p])
                 if sources[p] or owned.rewrite or not owned.since_told:
-                    names = list(states[p]) if owned.rewrite else changed[p]
+                    names = list(states[p]) if owned.rewrite else list(events[p])
                     change = counting.item_change(states[p], names, held.config.ingest.item_keys)
                     since = "" if owned.since_told else packed_since(owned.since)
                     steps.append(ItemStep(p, owned.claim.epoch, sources[p], change.fields, [*change.gone, *owned.stale], since))
@@ -96,6 +94,30 @@ class ItemHop:
                 owned.rewrite, owned.since_told = answer < len(states[step.partition]), True
                 owned.stale = []
             return out
+
+    def _touched(self, counting: Counting, source: int, taken: Taken) -> Touched:
+        try:
+            return counting.of_items(taken.row)
+        except Exception as fault:  # noqa: BLE001  one event must not stop the item side; the first hop buries what it meets
+            log.debug("ingest partition=%d entry=%d at the item side: %s", source, taken.n, uncounted(fault))
+            return []
+
+    def _count(self, counting: Counting, partition: int, states: States, events: Mapping[Name, Sequence[Event]]) -> None:
+        """Events into states: all at once, or, where one of them cannot be counted, each by itself."""
+        try:
+            counting.add_items(states, events)
+        except Exception as fault:  # noqa: BLE001  as in `_touched`
+            each = [(name, event) for name, told in events.items() for event in told]
+            if len(each) == 1:
+                log.debug("ingest partition=%d position=%d at the item side: %s", partition, each[0][1].position, uncounted(fault))
+                return
+            for name, event in each:
+                self._count(counting, partition, states, {name: [event]})
+
+    def _doubtful(self, owned: Owned, source: int, n: int) -> dict[int, Covered]:
+        """The groups whose states may have begun with events of a source from entry `n` on, and what they began with."""
+        began = {number: owned.since.get(mark) for number, mark in enumerate(self._held.counting.item_records.marks)}
+        return {number: c for number, c in began.items() if c is not None and (c.positions is None or c.first(source) > n)}
 
     async def _read(self, partition: int, owned: Owned) -> None:
         held, counting = self._held, self._held.counting

@@ -8,11 +8,12 @@ from cluster.catch_up import CatchUp
 from cluster.event_log import EventLog
 from cluster.owned import Batch, Holding, Known, Owned, Taken, uncounted
 from cluster.partition import Step, UserChange
-from recsys.features.counting import Counting
+from recsys.features.counting import Counting, Name
+from recsys.features.reading import Touched
 from recsys.features.records import counted_field
-from recsys.features.stream import Key
+from recsys.features.stream import States
 
-Name = tuple[int, Key]
+Said = tuple[Taken, Touched]
 
 
 class UserHop:
@@ -89,28 +90,41 @@ class UserHop:
     def _change(self, counting: Counting, who: tuple[int, str], known: Known, mine: Sequence[Taken], batch: Batch) -> UserChange:
         """Count a user's events, and what is to be written of it."""
         (partition, user_id), states, before = who, known.states, bool(known.states)
-        changed: set[Name] = set()
-        gone: set[Name] = set()
+        seeds: States = {}
+        lacking = set() if known.seeded else counting.lacking(states)
+        said: list[Said] = []
         for taken in mine:
             if not known.seeded and not counting.covered.holds(partition, taken.n, taken.entry.told_ms):
-                seeds = counting.seeds(user_id, counting.lacking(states))
+                seeds = counting.seeds(user_id, lacking)
                 states.update(seeds)
-                changed |= seeds.keys()
                 known.seeded = True
             try:
                 touched = counting.users.touched(taken.row)
-                if not known.seeded:  # the event is among what the seeds of these groups know
-                    lacking = counting.lacking(states)
-                    touched = [t for t in touched if t[0] not in lacking]
-                now, left = counting.add_user(states, touched)
             except Exception as fault:  # noqa: BLE001  one event must not stop its partition
                 batch.bury(taken.entry, uncounted(fault))
                 continue
-            changed, gone = (changed | now) - left, (gone | left) - now
-        change = counting.user_change(states, changed, gone)
+            if not known.seeded:  # the event is among what the seeds of these groups know
+                touched = [t for t in touched if t[0] not in lacking]
+            said.append((taken, touched))
+        changed, gone = self._count(counting, states, said, batch)
+        change = counting.user_change(states, (seeds.keys() | changed) - gone, gone)
         fields = change.fields | counted_field(mine[-1].n + 1) if change.fields else change.fields
         stale, known.stale = known.stale, []
         return UserChange(user_id, before, fields, [*change.gone, *stale])
+
+    def _count(self, counting: Counting, states: States, said: Sequence[Said], batch: Batch) -> tuple[set[Name], set[Name]]:
+        """Events into states: all at once, or, where one of them cannot be counted, each by itself. The keys changed, and those gone."""
+        try:
+            return counting.add_user(states, [touch for _, touched in said for touch in touched])
+        except Exception as fault:  # noqa: BLE001  one event must not stop its partition
+            if len(said) == 1:
+                batch.bury(said[0][0].entry, uncounted(fault))
+                return set(), set()
+        changed, gone = set[Name](), set[Name]()
+        for one in said:
+            now, left = self._count(counting, states, [one], batch)
+            changed, gone = (changed | now) - left, (gone | left) - now
+        return changed, gone
 
     async def _restore(self, counting: Counting, owned: Owned, step: Step, users: Sequence[str]) -> None:
         """The store had forgotten these users (it was short of memory, or they were away for long) while we knew them: tell it all."""

@@ -25,11 +25,11 @@ def checked(record: bytes, logged_ms: int, future_s: float) -> NewEvent:
 
 
 def _check(event: NewEvent, logged_ms: int, future_s: float) -> None:
-    texts: dict[str, Any] = {"user_id": event.user_id, "item_id": event.item_id, "event": event.event, "event_id": event.event_id}
-    for name, text in texts.items():
+    text: Any
+    for name, text in (("user_id", event.user_id), ("item_id", event.item_id), ("event", event.event), ("event_id", event.event_id)):
         if not isinstance(text, str) or not text:
             raise ValueError(f"'{name}' is {text!r:.60}, expected text that is not empty.")
-        if len(text.encode()) > LONGEST_ID:
+        if 4 * len(text) > LONGEST_ID and len(text.encode()) > LONGEST_ID:  # a character takes four bytes at most
             raise ValueError(f"'{name}' has {len(text.encode())} bytes; at most {LONGEST_ID} are counted.")
     if isinstance(event.time_ms, bool) or not isinstance(event.time_ms, int):
         raise ValueError(f"'time_ms' is {event.time_ms!r:.60}, expected milliseconds since 1970.")

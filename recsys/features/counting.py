@@ -5,9 +5,10 @@ Both are `Stream`s over parts of one plan, and nothing else computes a value: th
 
 from __future__ import annotations
 
+import functools
 import heapq
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,15 +21,16 @@ from recsys.features.generate import Event
 from recsys.features.groups import GroupState, Plan, Row, compiled
 from recsys.features.keys import KeyColumns
 from recsys.features.live_rows import row_reader
+from recsys.features.reading import Key, Touched
 from recsys.features.records import Records, joined, parted
 from recsys.features.store import NewEvent, partition_of
-from recsys.features.stream import MOST_KEYS, Key, States, Stream
+from recsys.features.stream import MOST_KEYS, States, Stream
 
 log = logging.getLogger(__name__)
 
 TRENDING = "trending now"
 """The one aggregate that nobody declares: history events of an item, decayed. No column can have this name."""
-Touched = list[tuple[int, Key, Event]]
+Name = tuple[int, Key]
 
 
 class Changed(NamedTuple):
@@ -105,25 +107,22 @@ class Counting:
         """Where counting begins in groups that the store knows nothing of: where the training log ended."""
         return {k: s for k, s in self.seed_user(user_id).items() if k[0] in lacking} if lacking else {}
 
-    def add_user(self, states: States, touched: Touched) -> tuple[set[tuple[int, Key]], set[tuple[int, Key]]]:
-        """Apply an event, wholly or not at all: the keys it changed, and those that had to go."""
-        before = [((number, key), states.get((number, key))) for number, key, _ in touched]
-        full = len(states) >= MOST_KEYS
-        known = set(states) if full else set()
-        try:
-            for number, key, event in touched:
-                self.users.add(states, number, key, event)
-        except Exception:
-            for name, state in before:
-                if state is None:
-                    states.pop(name, None)
-                else:
-                    states[name] = state
-            raise
-        changed = {name for name, _ in before}
-        return changed & states.keys(), (known - states.keys()) if full else set()
+    def add_user(self, states: States, touched: Touched) -> tuple[set[Name], set[Name]]:
+        """Apply what one or several events say, wholly or not at all: the keys it changed, and those that had to go."""
+        events = by_name(touched)
+        if len(states) + len(events) <= MOST_KEYS:  # nothing has to go
+            states.update(self.users.taken(states, events))
+            return set(events), set()
+        after = dict(states)
+        for number, key, event in touched:
+            self.users.add(after, number, key, event)
+        gone = states.keys() - after.keys()
+        states.update(after)
+        for name in gone:
+            del states[name]
+        return events.keys() & states.keys(), gone
 
-    def user_change(self, states: States, changed: Iterable[tuple[int, Key]], gone: Iterable[tuple[int, Key]]) -> Changed:
+    def user_change(self, states: States, changed: Iterable[Name], gone: Iterable[Name]) -> Changed:
         """What is written for changed keys."""
         r = self.user_records
         fields = {r.field(n, k): r.value(n, k, states[n, k]) for n, k in changed if (n, k) in states}
@@ -149,15 +148,13 @@ class Counting:
         """What the seeds of a group of items hold: nothing of what is trending, which no bundle knows."""
         return Covered() if number == len(self.items.plan.groups) - 1 else self.covered
 
-    def add_item(self, states: States, number: int, key: Key, event: Event) -> None:
-        """Apply one event to one key."""
-        held = states.get((number, key))
-        group = self.items.plan.groups[number]
-        states[number, key] = group.apply(group.init() if held is None else held, event)
+    def add_items(self, states: States, events: Mapping[Name, Sequence[Event]]) -> None:
+        """Apply the events of some keys, wholly or not at all."""
+        states.update(self.items.taken(states, events))
 
-    def item_change(self, states: States, changed: Iterable[tuple[int, Key]], most: int) -> Changed:
+    def item_change(self, states: States, changed: Iterable[Name], most: int) -> Changed:
         """What is written for changed keys; beyond `most` keys those without an event for longest leave."""
-        gone: list[tuple[int, Key]] = []
+        gone: list[Name] = []
         if len(states) > most:
             excess = len(states) - most + most // 50
             gone = heapq.nsmallest(excess, states, key=lambda k: _newest(states[k]))
@@ -174,6 +171,15 @@ def trending_plan(half_life_h: float) -> Plan:
     return compiled({TRENDING: now}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1_800.0)
 
 
+def by_name(touched: Touched) -> dict[Name, list[Event]]:
+    """The events of each key, in their order."""
+    out: dict[Name, list[Event]] = {}
+    for number, key, event in touched:
+        out.setdefault((number, key), []).append(event)
+    return out
+
+
+@functools.lru_cache(maxsize=65_536)
 def home(key: Key, partitions: int) -> int:
     """The partition that keeps an item-side key."""
     return partition_of("\0".join(key), partitions)

@@ -8,19 +8,21 @@ them. Past `most_pending` events the oldest settle early, so a hot key is bounde
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from recsys.features.aggregates import CROSSED, LISTED, AggregateConfig, Aggregates
 from recsys.features.generate import Event, Instant
-from recsys.features.tally import Distinct, Ends, Part, Tally
+from recsys.features.tally import ORDER, Distinct, Ends, Part, Tally
 
 MOST_PENDING = 1_024
+_TIME = itemgetter(0)
 
 
 class Row(NamedTuple):
@@ -119,13 +121,21 @@ class Group:
 
     def apply(self, state: GroupState, event: Event) -> GroupState:
         """Take an event whose value is a tuple by signal, None where it says nothing to it."""
+        return self.take(state, (event,))
+
+    def take(self, state: GroupState, events: Sequence[Event]) -> GroupState:
+        """`apply` of one event after another, in one pass: what settles does not depend on how they are parcelled."""
         pending = state.pending
-        at = bisect_right(pending, (event.time, event.position), key=lambda e: (e.time, e.position))
-        return self._settled(max(state.newest, event.time), (*pending[:at], event, *pending[at:]), state.settled)
+        if len(events) > 1:
+            events = sorted(events, key=ORDER)
+        together = (*pending, *events)
+        if pending and ORDER(pending[-1]) > ORDER(events[0]):
+            together = tuple(sorted(together, key=ORDER))
+        return self._settled(max(state.newest, events[-1].time), together, state.settled)
 
     def merge(self, a: GroupState, b: GroupState) -> GroupState:
         settled = tuple(f.monoid.merge(x, y) for f, x, y in zip(self.features, a.settled, b.settled, strict=True))
-        pending = tuple(sorted((*a.pending, *b.pending), key=lambda e: (e.time, e.position)))
+        pending = tuple(sorted((*a.pending, *b.pending), key=ORDER))
         return self._settled(max(a.newest, b.newest), pending, settled)
 
     def value(self, state: GroupState, at: Instant) -> tuple[Any, ...]:
@@ -139,35 +149,37 @@ class Group:
         """What aggregate i of these states gives at an instant, before it is made a number: a part, a list, or a count."""
         got = None
         for state in states:
-            held = state.settled[i]
-            for e in state.pending:
-                if (e.time, e.position) >= at:
-                    break
-                if (said := e.value[f.signal]) is not None:
-                    held = f.monoid.apply(held, e._replace(value=said))
-            one = f.monoid.value(held, at)
+            seen = _said(f.signal, state.pending[: bisect_left(state.pending, at, key=ORDER)])
+            one = f.monoid.value(f.monoid.take(state.settled[i], seen) if seen else state.settled[i], at)
             got = one if got is None else _pool(f.monoid, got, one)
         return f.monoid.value(f.monoid.init(), at) if got is None else got
 
     def _settled(self, newest: float, pending: tuple[Event, ...], settled: tuple[Any, ...]) -> GroupState:
         horizon = newest - self.lateness_s
-        n = bisect_right(pending, horizon, key=lambda e: e.time)
+        n = bisect_right(pending, horizon, key=_TIME) if pending and pending[0].time <= horizon else 0
         n = max(n, len(pending) - self.most_pending)
-        if not n:
+        if n <= 0:
             return GroupState(newest, pending, settled)
-        out = []
-        for f, held in zip(self.features, settled, strict=True):
-            for e in pending[:n]:
-                if (said := e.value[f.signal]) is not None:
-                    held = f.monoid.apply(held, e._replace(value=said))
-            out.append(f.monoid.settled(held, horizon))
-        return GroupState(newest, pending[n:], tuple(out))
+        old = [_said(i, pending[:n]) for i in range(len(self.signals))]
+        return GroupState(
+            newest,
+            pending[n:],
+            tuple(
+                f.monoid.settled(f.monoid.take(held, said) if (said := old[f.signal]) else held, horizon)
+                for f, held in zip(self.features, settled, strict=True)
+            ),
+        )
+
+
+def _said(signal: int, events: Sequence[Event]) -> list[Event]:
+    """What events say to one signal."""
+    return [Event(time, position, said) for time, position, value in events if (said := value[signal]) is not None]
 
 
 def _pool(monoid: Any, a: Part | None, b: Part | None) -> Part | None:
     if a is None or b is None:
         return a or b
-    return monoid._combine(a, b)  # type: ignore[no-any-return]
+    return monoid.combined((a, b))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -215,25 +227,3 @@ def monoid_of(a: AggregateConfig, offset_s: float, gap_s: float) -> Tally | Ends
         return Distinct(a.cap, bucket_s, buckets, offset_s)
     op: Any = a.kind if a.kind in ("min", "max") else "add"
     return Tally(op, a.half_life_s, bucket_s, buckets, a.until, offset_s, gap_s)
-
-
-def said(signal: Signal, row: Row, number: Callable[[str], float], text: Callable[[str], Any]) -> Any:
-    """What a row says to a signal: amounts, a list's value, or None. `number` and `text` read a column of the row by name."""
-    if signal.events is not None and row.event not in signal.events:
-        return None
-    if signal.kind in ("value", "told"):
-        if signal.kind == "told" and not row.told:
-            return None
-        value = row.item_id if signal.of == "item" else row.value if signal.of == "value" else text(signal.of)
-        return None if value is None or value != value or value == "" else value  # noqa: PLR0124 - NaN
-    if signal.kind == "rate":
-        hit = row.labels[signal.of] if signal.of in row.labels else float(row.event == signal.of)
-        return (float(row.shown), float(hit))
-    if signal.kind == "count":
-        return (1.0,)
-    if signal.kind == "recency":
-        return ()
-    x = row.value if signal.of == "value" else number(signal.of)
-    if x != x:  # noqa: PLR0124 - NaN
-        return None
-    return (1.0, float(x)) if signal.kind == "mean" else (float(x),)

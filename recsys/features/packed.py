@@ -7,6 +7,7 @@ a time eight; a window's part names its bucket instead, a part of the whole past
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from recsys.features.groups import Counted, Group, GroupState
 from recsys.features.tally import Distinct, Ends, Entry, Part, Tally
 
 VERSION = 1
-_F64, _U64, _I64 = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<q")
+_F64, _U64, _I64, _EVENT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<q"), struct.Struct("<dq")
 _NONE, _TEXT, _NUMBER, _AMOUNTS = range(4)
 _INTEGERS = float(1 << 55)
 
@@ -34,14 +35,22 @@ def pack(group: Group, state: GroupState, *, mark: bytes | None = None) -> bytes
     """A state as bytes; `mark` is `digest(group)` where it is at hand."""
     out = bytearray([VERSION]) + (mark or digest(group)) + _F64.pack(state.newest)
     _put_int(out, len(state.pending))
-    for event in state.pending:
-        out += _F64.pack(event.time) + _I64.pack(event.position)
-        for value in event.value:
-            _put_value(out, value)
+    for time, position, value in state.pending:
+        out += _EVENT.pack(time, position)
+        out += _said(value)
     for f, held in zip(group.features, state.settled, strict=True):
         _put_int(out, len(held))
         for part in held:
             _put_part(out, f.monoid, f, part)
+    return bytes(out)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _said(values: tuple[Any, ...]) -> bytes:
+    """What an event says by signal, as bytes. Most events of a group say the same."""
+    out = bytearray()
+    for value in values:
+        _put_value(out, value)
     return bytes(out)
 
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from recsys.features.groups import GroupState, Plan
 from recsys.features.packed import digest, pack, unpack
-from recsys.features.stream import Key, States
+from recsys.features.reading import Key
+from recsys.features.stream import States
 
 _HEAD, _SIZE = struct.Struct("<BH"), struct.Struct("<I")
 _COUNTED = struct.Struct("<Q")

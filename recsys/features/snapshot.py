@@ -22,8 +22,9 @@ from recsys.features.generate import Instant
 from recsys.features.groups import Group, GroupState, Plan
 from recsys.features.inputs import AggregateInputs
 from recsys.features.packed import digest
+from recsys.features.reading import Key
 from recsys.features.states import LATEST, Coder, ItemSnapshot, Looked, looked
-from recsys.features.stream import Key, States
+from recsys.features.stream import States
 from recsys.features.tally import Ends, Tally
 
 _HEAD = struct.Struct("<BdH")

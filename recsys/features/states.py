@@ -25,9 +25,10 @@ from recsys.features.generate import Instant
 from recsys.features.groups import Group, GroupState, Row
 from recsys.features.inputs import AggregateInputs, Live
 from recsys.features.keys import KeyColumns, clock_codes
+from recsys.features.reading import Key
 from recsys.features.runs import pooled
 from recsys.features.schema import FeatureSpace
-from recsys.features.stream import Key, States, Stream
+from recsys.features.stream import States, Stream
 from recsys.features.tally import Ends, Tally
 
 LATEST = 1 << 62

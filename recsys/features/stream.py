@@ -6,24 +6,19 @@ Who owns what: a user's states (every key with `user` in it) lie together and ar
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from recsys.core import Vocabulary
-from recsys.features.aggregates import CLOCK_KEYS
-from recsys.features.encoders import as_float, spelled
 from recsys.features.generate import Event, Instant
-from recsys.features.groups import Group, GroupState, Plan, Row, said
-from recsys.features.keys import KeyColumns, clock_codes
+from recsys.features.groups import GroupState, Plan, Row
+from recsys.features.keys import KeyColumns
 from recsys.features.packed import digest, pack, unpack
+from recsys.features.reading import Key, Reader, Touched
 
-Key = tuple[str, ...]
 States = dict[tuple[int, Key], GroupState]
 """(number of the group, texts of its key) -> state."""
 MOST_KEYS = 1_024
@@ -39,6 +34,7 @@ class Stream:
     ) -> None:
         self.plan, self.vocabularies, self.columns = plan, {"user": users, "item": items}, columns
         self.offset_s, self.duplicate_s = offset_s, duplicate_s
+        self.reader = Reader(plan, self.vocabularies, columns, offset_s)
         self.of_user: dict[str, States] = {}
         self.of_items: States = {}
         self.newest = -math.inf
@@ -57,27 +53,27 @@ class Stream:
             self.add(states, number, key, event)
         return True
 
-    def touched(self, row: Row) -> list[tuple[int, Key, Event]]:
-        """What an event adds to which keys: (group, key, event with a value by signal). A pure function of the event."""
-        out = []
-        for number, group in enumerate(self.plan.groups):
-            keys = self.keys(group, row.user_id, row.item_id, row.context, row.time)
-            if not keys:
-                continue
-            value = tuple(said(s, row, lambda n: self.number(n, row), lambda n: self._text(n, row)) for s in group.signals)
-            if any(v is not None for v in value):
-                out += [(number, key, Event(row.time, row.position, value)) for key in keys]
-        return out
+    def touched(self, row: Row) -> Touched:
+        """What an event adds to which keys. A pure function of the event."""
+        return self.reader.touched(row)
 
     def add(self, states: States, number: int, key: Key, event: Event) -> None:
         """Apply one event to one key's state; a user's keys are bounded."""
         group = self.plan.groups[number]
         held = states.get((number, key))
-        states[number, key] = group.apply(group.init() if held is None else held, event)
+        states[number, key] = group.apply(held or group.init(), event)
         if held is None and "user" in group.key and len(group.key) > 1:
             mine = [k for k in states if k[0] == number]
             if len(mine) > MOST_KEYS:
                 del states[min(mine, key=lambda k: states[k].newest)]
+
+    def taken(self, states: Mapping[tuple[int, Key], GroupState], events: Mapping[tuple[int, Key], Sequence[Event]]) -> States:
+        """The states of some keys after several events of each; `states` stay as they are."""
+        out: States = {}
+        for name, told in events.items():
+            group = self.plan.groups[name[0]]
+            out[name] = group.take(states.get(name) or group.init(), told)
+        return out
 
     def _again(self, row: Row) -> bool:
         while self._ages and self._ages[0][0] < self.newest - self.duplicate_s:
@@ -89,37 +85,6 @@ class Stream:
         self._ages.append((row.time, told))
         return False
 
-    # ---- keys -------------------------------------------------------------------------------------------------------
-
-    def keys(self, group: Group, user_id: str, item_id: str, context: Mapping[str, Any], time: float) -> list[Key]:
-        """The keys of a group that an event, or a pair of user and item, belongs to: none, one, or one per value of a list."""
-        parts = [self._texts(part, user_id, item_id, context, time) for part in group.key]
-        return list(itertools.product(*parts)) if all(parts) else []
-
-    def _texts(self, part: str, user_id: str, item_id: str, context: Mapping[str, Any], time: float) -> Sequence[str]:
-        if part in ("user", "item"):
-            found = user_id if part == "user" else item_id
-            return (found,) if found else ()
-        if part in CLOCK_KEYS:
-            return (str(int(clock_codes(part, np.array([time]), self.offset_s)[0])),)
-        side = self.columns.side_of(part)
-        if side is None:
-            text = spelled(context.get(part))
-            return (text,) if text else ()
-        return self.columns.texts[side][part].at(self.vocabularies[side].row(user_id if side == "user" else item_id))
-
-    def _text(self, name: str, row: Row) -> str | None:
-        found = self._texts(name, row.user_id, row.item_id, row.context, row.time)
-        return found[0] if found else None
-
-    def number(self, name: str, row: Row) -> float:
-        """A number column's value at an event, or of a pair."""
-        side = self.columns.side_of(name)
-        if side is None:
-            return as_float(row.context.get(name))
-        at = self.vocabularies[side].row(row.user_id if side == "user" else row.item_id)
-        return float(self.columns.numbers[side][name][at]) if at >= 0 else math.nan
-
     # ---- values -----------------------------------------------------------------------------------------------------
 
     def values(self, user_id: str, item_id: str, context: Mapping[str, Any], at: Instant) -> dict[str, Any]:
@@ -128,7 +93,8 @@ class Stream:
         mine = self.of_user.get(user_id, {})
         for number, group in enumerate(self.plan.groups):
             states = mine if "user" in group.key else self.of_items
-            held = [s for key in self.keys(group, user_id, item_id, context, at.time) if (s := states.get((number, key)))]
+            keys = self.reader.keys[number](user_id, item_id, context, at.time)
+            held = [s for key in keys if (s := states.get((number, key)))]
             out |= dict(zip((f.name for f in group.features), group.pooled(held, at), strict=True))
         return out
 

@@ -8,10 +8,11 @@ one, and what has left every window is dropped. So a state is bounded whatever h
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from operator import itemgetter, mul
 from typing import Any, Literal, NamedTuple
 
 from recsys.core import id_hash
@@ -19,6 +20,8 @@ from recsys.features.aggregates import DAY_S
 from recsys.features.generate import Event, Instant
 
 MASK = (1 << 64) - 1
+ORDER = itemgetter(0, 1)
+"""(time, log position) of an event or an entry."""
 
 
 class Part(NamedTuple):
@@ -27,6 +30,10 @@ class Part(NamedTuple):
     first: float
     last: float
     amounts: tuple[float, ...]
+
+
+_BEGIN = itemgetter(0)
+_OPS: dict[str, Callable[[Iterable[float]], float]] = {"add": sum, "min": min, "max": max}
 
 
 @dataclass(frozen=True)
@@ -52,16 +59,26 @@ class Tally:
         return ()
 
     def apply(self, state: tuple[Part, ...], event: Event) -> tuple[Part, ...]:
-        return self.merge(state, (Part(event.time, event.time, event.value),))
+        return self.take(state, (event,))
+
+    def take(self, state: tuple[Part, ...], events: Sequence[Event]) -> tuple[Part, ...]:
+        """`apply` of one event after another, in one pass."""
+        return self.merge(state, tuple(Part(e.time, e.time, e.value) for e in events))
 
     def merge(self, a: tuple[Part, ...], b: tuple[Part, ...]) -> tuple[Part, ...]:
-        return self._joined(sorted((*a, *b)), -math.inf)
+        if not (a and b):
+            return self._joined(a or b, -math.inf) if len(a or b) > 1 else a or b
+        # Parts of a state are apart: what lies before the last that begins before all of `b` stays as it is.
+        untouched = max(bisect.bisect_right(a, min(b)[0], key=_BEGIN) - 1, 0)
+        return (*a[:untouched], *self._joined(sorted((*a[untouched:], *b)), -math.inf))
 
     def settled(self, state: tuple[Part, ...], horizon: float) -> tuple[Part, ...]:
         """The state without what no instant from `horizon` on can tell apart or see."""
         if self.buckets:
-            oldest = self.bucket(horizon) - self.buckets
-            return tuple(p for p in state if self.bucket(p.last) > oldest)
+            oldest, gone = self.bucket(horizon) - self.buckets, 0
+            while gone < len(state) and self.bucket(state[gone].last) <= oldest:
+                gone += 1
+            return state[gone:]
         if self.until == "day":
             return self._joined(state, self.day_start(horizon))
         return self._joined(state, horizon - self.gap_s) if self.until == "session" else state
@@ -71,7 +88,7 @@ class Tally:
         seen = [p for p in state if self._counts(p, at.time)]
         if not seen:
             return None
-        whole = reduce(self._combine, seen)
+        whole = self.combined(seen)
         return self._at(whole, at.time) if self.half_life_s else whole
 
     def bucket(self, time: float) -> int:
@@ -89,32 +106,37 @@ class Tally:
             return p.last < self.day_start(at)
         return self.until == "now" or at - p.last > self.gap_s
 
-    def _joined(self, parts: Iterable[Part], folded_before: float) -> tuple[Part, ...]:
-        out: list[Part] = []
+    def _joined(self, parts: Sequence[Part], folded_before: float) -> tuple[Part, ...]:
+        """Parts ascending by their beginning, those that belong together merged."""
+        runs: list[list[Part]] = []
+        last = -math.inf
         for p in parts:
-            if out and (self._together(out[-1], p) or max(out[-1].last, p.last) < folded_before):
-                out[-1] = self._combine(out[-1], p)
+            if runs and (self._together(last, p.first) or max(last, p.last) < folded_before):
+                runs[-1].append(p)
+                last = max(last, p.last)
             else:
-                out.append(p)
-        return tuple(out)
+                runs.append([p])
+                last = p.last
+        return tuple(map(self.combined, runs))
 
-    def _together(self, p: Part, q: Part) -> bool:
+    def _together(self, last: float, first: float) -> bool:
+        """Whether a part that begins at `first` belongs to one that ends at `last`."""
         if self.buckets:
-            return self.bucket(q.first) <= self.bucket(p.last)
+            return first <= last or self.bucket(first) <= self.bucket(last)
         if self.until == "day":
-            return self.day_start(q.first) <= self.day_start(p.last)
-        return self.until == "now" or q.first - p.last <= self.gap_s
+            return first <= last or self.day_start(first) <= self.day_start(last)
+        return self.until == "now" or first - last <= self.gap_s
 
-    def _combine(self, p: Part, q: Part) -> Part:
-        first, last = min(p.first, q.first), max(p.last, q.last)
+    def combined(self, parts: Sequence[Part]) -> Part:
+        """Several parts, at least one, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        first, last = min(p.first for p in parts), max(p.last for p in parts)
+        columns = zip(*(p.amounts for p in parts), strict=True)
         if self.half_life_s:
-            p, q = self._at(p, last), self._at(q, last)
-        if self.op == "add":
-            amounts = tuple(x + y for x, y in zip(p.amounts, q.amounts, strict=True))
-        else:
-            chosen = min if self.op == "min" else max
-            amounts = tuple(chosen(x, y) for x, y in zip(p.amounts, q.amounts, strict=True))
-        return Part(first, last, amounts)
+            weights = [2.0 ** ((p.last - last) / self.half_life_s) for p in parts]
+            columns = (tuple(map(mul, column, weights)) for column in columns)  # type: ignore[assignment]
+        return Part(first, last, tuple(map(_OPS[self.op], columns)))
 
     def _at(self, p: Part, time: float) -> Part:
         assert self.half_life_s is not None  # noqa: S101 - callers look
@@ -141,11 +163,14 @@ class Ends:
         return ()
 
     def apply(self, state: tuple[Entry, ...], event: Event) -> tuple[Entry, ...]:
-        at = bisect.bisect_right(state, (event.time, event.position), key=lambda e: (e.time, e.position))
-        return self._cut((*state[:at], Entry(*event), *state[at:]))
+        return self.take(state, (event,))
+
+    def take(self, state: tuple[Entry, ...], events: Sequence[Event]) -> tuple[Entry, ...]:
+        """`apply` of one event after another, in one pass."""
+        return self.merge(state, tuple(itertools.starmap(Entry, events)))
 
     def merge(self, a: tuple[Entry, ...], b: tuple[Entry, ...]) -> tuple[Entry, ...]:
-        return self._cut(tuple(sorted(a + b, key=lambda e: (e.time, e.position))))
+        return self._cut(tuple(sorted(a + b, key=ORDER)))
 
     def settled(self, state: tuple[Entry, ...], horizon: float) -> tuple[Entry, ...]:  # noqa: ARG002 - nothing ages here
         return state
@@ -173,7 +198,11 @@ class Distinct:
         return ()
 
     def apply(self, state: tuple[tuple[float, int], ...], event: Event) -> tuple[tuple[float, int], ...]:
-        return self.merge(state, ((event.time, hashed(event.value)),))
+        return self.take(state, (event,))
+
+    def take(self, state: tuple[tuple[float, int], ...], events: Sequence[Event]) -> tuple[tuple[float, int], ...]:
+        """`apply` of one event after another, in one pass."""
+        return self.merge(state, tuple((e.time, hashed(e.value)) for e in events))
 
     def merge(self, a: tuple[tuple[float, int], ...], b: tuple[tuple[float, int], ...]) -> tuple[tuple[float, int], ...]:
         newest: dict[int, float] = {}

@@ -14,7 +14,10 @@ from cluster.ingest import Ingest
 from cluster.ingest_status import dead_letters, status
 from cluster.redis_store import connected
 from cluster.snapshots import SnapshotReader
+from recsys.features import counting as counting_module
+from recsys.features import stream
 from recsys.features.generate import Instant
+from recsys.features.groups import Row
 from recsys.features.packed import digest
 from recsys.features.store import to_record
 from tests.cluster.consumers import (
@@ -24,6 +27,7 @@ from tests.cluster.consumers import (
     archived_all,
     batch_road,
     config_of,
+    counting,
     drained,
     each_is_in_parquet_once,
     held,
@@ -181,14 +185,14 @@ def test_an_event_that_a_line_of_ours_cannot_take_is_buried_and_its_user_goes_on
     async def scenario():
         await told(config, url, events)
         ingest = Ingest(config, url, load)
-        add = ingest.held.counting.users.add
+        taken = ingest.held.counting.users.taken
 
-        def broken(states, number, key, event):
-            if event.position == 4 and number == 2:
+        def broken(states, told):
+            if any(event.position == 4 for (number, _), mine in told.items() for event in mine if number == 2):
                 raise ZeroDivisionError("planted")
-            add(states, number, key, event)
+            return taken(states, told)
 
-        ingest.held.counting.users.add = broken
+        ingest.held.counting.users.taken = broken
         await drained(ingest)
         (head,) = await ingest.held.store.heads([0])
         assert (head.rows, head.dead, head.n) == (8, 1, 9)
@@ -198,6 +202,50 @@ def test_an_event_that_a_line_of_ours_cannot_take_is_buried_and_its_user_goes_on
         await ingest.close()
 
     asyncio.run(scenario())
+
+
+def test_an_event_that_no_key_of_an_item_can_take_stops_neither_its_item_nor_the_others(url, tmp_path):
+    config = config_of(tmp_path, partitions=1)
+    events = some_events(9)
+
+    async def scenario():
+        await told(config, url, events)
+        ingest = Ingest(config, url, load)
+        taken = ingest.held.counting.items.taken
+
+        def broken(states, told):
+            if any(event.position == 4 for mine in told.values() for event in mine):
+                raise ZeroDivisionError("planted")
+            return taken(states, told)
+
+        ingest.held.counting.items.taken = broken
+        await drained(ingest)
+        found = (await held(config, url)).values
+        newest = {i: found("u0", f"i{i}", {}, Instant(END, 1 << 62))["newest_value"] for i in range(5)}
+        for i in range(5):
+            clicks = [e for n, e in enumerate(events) if e.item_id == f"i{i}" and e.event == "click" and e.value is not None and n != 4]
+            assert newest[i] == tuple(e.value for e in clicks[-2:])
+        await ingest.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("parcel", [1, 4, 40])
+def test_a_user_of_many_keys_keeps_those_with_the_newest_events_however_they_come(monkeypatch, parcel):
+    monkeypatch.setattr(stream, "MOST_KEYS", 2)
+    monkeypatch.setattr(counting_module, "MOST_KEYS", 2)
+    one, states, written = counting(), {}, set()
+    group = next(n for n, g in enumerate(one.users.plan.groups) if g.key == ("user", "tags"))
+    tagged = ["i0", "i1", "i3", "i4", "i0", "i3"]  # a b, b, a c, c, a b, a c
+    rows = [Row(float(1_000 * n), n, "u0", item, "click") for n, item in enumerate(tagged)]
+    for a in range(0, len(rows), parcel):
+        changed, gone = one.add_user(states, [t for row in rows[a : a + parcel] for t in one.of_user(row)])
+        assert not changed & gone
+        assert changed <= states.keys()
+        assert not gone & states.keys()
+        written = (written - gone) | changed
+    assert {key for number, key in states if number == group} == {("u0", "a"), ("u0", "c")}
+    assert written == states.keys(), "what the store was told is what is held"
 
 
 def test_the_log_is_trimmed_only_behind_parquet_and_every_item_side(url, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,10 +15,13 @@ from recsys.core import Vocabulary
 from recsys.data.interactions import Interactions
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import AsOf
+from recsys.features.counting import by_name
 from recsys.features.generate import Instant, screen
 from recsys.features.groups import Row, compiled
-from recsys.features.keys import KeyColumns, TextColumn
+from recsys.features.keys import KeyColumns, TextColumn, clock_codes
+from recsys.features.reading import clock_text
 from recsys.features.stream import Stream
+from recsys.features.tally import Part
 
 HOUR, DAY = 3_600.0, 86_400.0
 GAP_S, LATE_S = 1_800.0, 300.0
@@ -156,3 +162,42 @@ def test_events_that_arrive_late_count_at_their_own_time(rows):
             batch = asof.values(asked.__class__(asked.users, asked.items, asked.times, seen, context))
             assert_same(batch, 0, live.values(row.user_id, row.item_id, row.context, screen(row.time)), asof)
         live.apply(row)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=events, cuts=st.lists(st.integers(0, 40), max_size=6), most_pending=st.sampled_from([0, 3, 1_024]))
+def test_events_in_parcels_leave_the_states_that_they_leave_one_by_one(rows, cuts, most_pending):
+    log = log_of(rows, impressions=True)
+    late = np.array([r[6] for r in sorted(rows, key=lambda r: r[2])], np.float64)
+    arrival = [row_of(log, int(i)) for i in np.argsort(log.time + late, kind="stable")]
+    plan = replace(PLAN, groups=tuple(replace(g, most_pending=most_pending) for g in PLAN.groups))
+    road = Stream(plan, USERS, ITEMS, COLUMNS, offset_s=8 * HOUR)
+    one_by_one, parcels = {}, {}
+    for row in arrival:
+        for number, key, event in road.touched(row):
+            state = one_by_one.get((number, key), plan.groups[number].init())
+            one_by_one[number, key] = plan.groups[number].apply(state, event)
+    bounds = [0, *sorted(c for c in cuts if c < len(arrival)), len(arrival)]
+    for a, b in itertools.pairwise(bounds):
+        parcels |= road.taken(parcels, by_name([t for row in arrival[a:b] for t in road.touched(row)]))
+    assert parcels.keys() == one_by_one.keys()
+    for name, state in one_by_one.items():
+        same_state(plan.groups[name[0]], parcels[name], state)
+
+
+def same_state(group, a, b):
+    assert (a.newest, a.pending) == (b.newest, b.pending)
+    for f, x, y in zip(group.features, a.settled, b.settled, strict=True):
+        assert len(x) == len(y), f.name
+        for p, q in zip(x, y, strict=True):
+            if isinstance(p, Part):
+                assert p[:2] == q[:2], f.name
+                assert p.amounts == pytest.approx(q.amounts, rel=1e-12), f.name
+            else:
+                assert p == q, f.name
+
+
+@pytest.mark.parametrize("n", [0, -1.7e9, 1_700_003_599.99, 1_700_524_800.0])
+def test_hours_and_weekdays_of_one_time_are_those_of_many(n):
+    for part in ("hour", "weekday"):
+        assert clock_text(part, n, 8 * HOUR) == str(clock_codes(part, np.array([n]), 8 * HOUR)[0])
