@@ -1,9 +1,11 @@
-"""Replay through the real consumers while they are killed: `python -m tests.benchmarks.replay_kills [--json] [--quick]`.
+"""Replay through the real consumers while they are killed: `python -m tests.benchmarks.replay_kills [--json] [--quick] [--sets a,b]`.
 
-The whole of ML-100k is told in its own order to an embedded Valkey, every hundredth event twice, while two processes of consumers
-count it. Every few seconds, at random, one of them is killed (SIGKILL) and started again, or the store is. When all is counted and in
-Parquet, every value of every rating's user, item and context in the store is held to the batch road over the log, exactly for
-counts and to 1e-6 for what decays; and every event must lie in Parquet once.
+The whole of ML-100k and of the KuaiRand slice is told in its own order to an embedded Valkey, every hundredth event twice, while two
+processes of consumers count it. Every few seconds, at random, one of them is killed (SIGKILL) and started again, or the store is. When
+all is counted and in Parquet, every value of every row's user, item and context in the store is held to the batch road over the log,
+exactly for counts and to 1e-6 for what decays; and every event must lie in Parquet once.
+
+A row of KuaiRand is an exposure with its labels, for which a client would tell two events: here it is one, which brings its labels.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ from recsys.errors import StoreUnavailableError
 from recsys.features.asof import Asked, AsOf
 from recsys.features.counting import Counting
 from recsys.features.generate import Instant
+from recsys.features.groups import Row
 from recsys.features.states import rows_of
 from recsys.features.store import NewEvent
 from recsys.features.stream import Stream
 from recsys.ingest_config import IngestConfig
 from recsys.prepared import Prepared
-from tests.benchmarks.replay import compared, data_set, new_stream
+from tests.benchmarks.replay import compared, data_set, new_stream, present
 from tests.cluster.valkey_process import kill
 
 CONSUMERS = 2
@@ -50,20 +53,22 @@ PAUSE_S = (5.0, 9.0)
 """Between two kills: a process of consumers takes 3 s to begin."""
 REPEATED = 100
 """Every so many events, one is told a second time."""
+LABELS, TOLD = "replay.labels", "replay.told"
+"""Of an exposure: its labels, and whether it enters its user's history."""
 DECAY = 1e-6
 """Relative difference that decayed counters may show."""
 
 
-def opened(scratch: Path) -> tuple[Config, Prepared]:
+def opened(name: str, scratch: Path) -> tuple[Config, Prepared]:
     """The recommender over its own workdir, with leases that are given up soon: what is killed must be taken over."""
-    config, prepared = data_set("movielens", scratch)
+    config, prepared = data_set(name, scratch)
     ingest = IngestConfig(lease_s=1.0, items_every_s=0.1, snapshot_every_s=1.0, parquet_every_s=1.0, keep_h=1.0)
     return config.model_copy(update={"ingest": ingest, "workdir": str(scratch)}), prepared
 
 
-def consume(scratch: Path, url: str) -> None:
+def consume(name: str, scratch: Path, url: str) -> None:
     """A process of consumers, until it is killed."""
-    config, prepared = opened(scratch)
+    config, prepared = opened(name, scratch)
     inputs = prepared.aggregates
     assert inputs is not None
     plan = inputs.plan
@@ -71,7 +76,10 @@ def consume(scratch: Path, url: str) -> None:
     def load(version: str) -> Counting | None:
         if version:
             return None
-        return Counting.of("replay", plan, new_stream(prepared, inputs), config.data, config.history, trending_half_life_h=6.0)
+        counting = Counting.of("replay", plan, new_stream(prepared, inputs), config.data, config.history, trending_half_life_h=6.0)
+        if config.data.impressions:
+            counting.read = labelled
+        return counting
 
     asyncio.run(Ingest(config, url, load).run())
 
@@ -80,17 +88,37 @@ def told_of(prepared: Prepared, most: int) -> list[NewEvent]:
     """The log's first rows as a client would post them."""
     log = prepared.log.where(np.arange(min(most, len(prepared.log))))
     return [
-        NewEvent(row.user_id, row.item_id, row.event, round(row.time * 1000), row.value, f"row-{n}", None, dict(row.context))
+        NewEvent(row.user_id, row.item_id, row.event, round(row.time * 1000), row.value, f"row-{n}", None, _context(row, log.impressions))
         for n, row in enumerate(rows_of(log, prepared.told[: len(log)]))
     ]
+
+
+def _context(row: Row, impressions: bool) -> dict[str, Any]:
+    context = {name: getattr(value, "item", lambda value=value: value)() for name, value in row.context.items()}
+    return context | {LABELS: dict(row.labels), TOLD: row.told} if impressions else context
+
+
+def labelled(event: NewEvent, position: int) -> Row:
+    """The row of the log that `told_of` made an event of."""
+    context = event.context or {}
+    return Row(
+        time=event.time_ms / 1000,
+        position=position,
+        user_id=event.user_id,
+        item_id=event.item_id,
+        event=event.event,
+        labels=context[LABELS],
+        context=context,
+        told=context[TOLD],
+    )
 
 
 class Killed:
     """Processes of consumers, and their store, which die at random and come back."""
 
-    def __init__(self, scratch: Path, server: EmbeddedValkey) -> None:
-        self._server, url = server, server.url
-        self._command = [sys.executable, "-m", "tests.benchmarks.replay_kills", "--consume", url, "--workdir", str(scratch)]
+    def __init__(self, name: str, scratch: Path, server: EmbeddedValkey) -> None:
+        self._server, here = server, [sys.executable, "-m", "tests.benchmarks.replay_kills", "--sets", name, "--workdir", str(scratch)]
+        self._command = [*here, "--consume", server.url]
         self._rng, self.consumers, self.store = random.Random(7), 0, 0
         self._next = time.monotonic() + 3 * PAUSE_S[0]  # all have to begin
         self._running = [self._start() for _ in range(CONSUMERS)]
@@ -195,23 +223,13 @@ def held_to_the_batch_road(prepared: Prepared, stream: Stream, most: int) -> dic
     return {"values": len(log) * len(batch), "mismatches": wrong, "max_rel_diff_decay": float(worst)}
 
 
-def main() -> None:
-    """Run and print."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--json", action="store_true")
-    arguments.add_argument("--quick", action="store_true", help="the first 10,000 events")
-    arguments.add_argument("--consume", metavar="URL", help=argparse.SUPPRESS)
-    arguments.add_argument("--workdir", type=Path, help=argparse.SUPPRESS)
-    given = arguments.parse_args()
-    if given.consume:
-        consume(given.workdir, given.consume)
-        return
-    console, most = Console(stderr=given.json), 10_000 if given.quick else 1 << 40
+def measured(name: str, most: int, console: Console) -> dict[str, Any]:
+    """One data set."""
     with tempfile.TemporaryDirectory() as scratch_, EmbeddedValkey(Path(scratch_) / "store") as server:
         scratch = Path(scratch_)
-        config, prepared = opened(scratch)
+        config, prepared = opened(name, scratch)
         events = told_of(prepared, most)
-        killed = Killed(scratch, server)
+        killed = Killed(name, scratch, server)
         try:
             found = asyncio.run(replayed(config, server.url, events, killed, console))
         finally:
@@ -222,7 +240,28 @@ def main() -> None:
         found["lost"] = sum(held[e.event_id] == 0 for e in events)
         found["twice"] = sum(n > 1 for n in held.values())
     found["ok"] = found["mismatches"] == 0 and found["max_rel_diff_decay"] <= DECAY and not found["lost"] and not found["twice"]
-    console.print(found)
+    return found
+
+
+def main() -> None:
+    """Run and print."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", action="store_true")
+    arguments.add_argument("--quick", action="store_true", help="the first 10,000 events")
+    arguments.add_argument("--sets", default="movielens,kuairand")
+    arguments.add_argument("--consume", metavar="URL", help=argparse.SUPPRESS)
+    arguments.add_argument("--workdir", type=Path, help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.consume:
+        consume(given.sets, given.workdir, given.consume)
+        return
+    console, found = Console(stderr=given.json), {}
+    for name in given.sets.split(","):
+        if name == "kuairand" and not present():
+            console.print("kuairand: left out, its folder is absent (KUAIRAND_DIR)")
+            continue
+        found[name] = measured(name, 10_000 if given.quick else 1 << 40, console)
+        console.print(name, found[name])
     if given.json:
         print(json.dumps(found))
 
