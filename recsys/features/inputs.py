@@ -270,7 +270,7 @@ class Live:
         if needed:
             raw |= {n: np.repeat(x, N) for n, x in self.source.query_values(queries).items() if n in needed}
         found = {n: x for n, x in i.crossed(raw, users, flat).items() if i.needs_item(n)}
-        return {n: x.reshape(B, N, -1) for n, x in i.encoded(found).items()}
+        return {n: x.reshape(B, N, x.shape[1]) for n, x in i.encoded(found).items()}
 
     def _texts(self, of: str, codes: np.ndarray) -> list[str]:
         if of == "item":

@@ -55,6 +55,14 @@ def test_a_bundle_goes_on_from_the_states_of_its_training_log(served):
     assert packing.differences(loaded, bundle) == []
 
 
+def test_a_page_for_which_nothing_passes_is_empty_at_every_stage(served):
+    _, _, bundle = served
+    loaded = Funnel.load(bundle)
+    nothing = loaded.filters.parse({"colour": "a colour that no item has"})
+    queries = loaded.queries([FunnelRequest(user_id=u, k=5, at=1_700_100_000.0, filter=nothing) for u in ("u0", "nobody")])
+    assert loaded.page(queries, loaded.recommend(queries)) == [[], []]
+
+
 def test_a_users_state_of_the_store_replaces_that_of_the_bundle(served):
     _, _, bundle = served
     loaded = Funnel.load(bundle)
