@@ -51,6 +51,8 @@ def serving_environment(serve: ServeConfig) -> dict[str, str]:
         # A stopped ingress replica would otherwise linger for 30 s before it exits.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(serve.drain_s),
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(max(serve.drain_s, 1)),
+        # Else warnings wait in memory for 999 others before they are in the replica's log. Requests write no line (see app.QUIET).
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         # Replica ids in controller metrics make a new time series for every restart.
         "RAY_SERVE_CONTROLLER_METRICS_INCLUDE_HIGH_CARDINALITY_TAGS": "0",
         "RAY_SERVE_REQUEST_LATENCY_BUCKETS_MS": "1,2,3,5,7,10,15,20,30,50,75,100,150,200,300,500,1000,2000,5000",

@@ -33,11 +33,13 @@ def serve(
 
     On a cluster, use Serve's own deploy: serve deploy configs/serve/cluster.yaml
     """
+    from deployments.replica_log import log_folder
     from deployments.serving import running, until_interrupted
 
     chosen = at(load(config, settings), host, port)
     with running(chosen, out.print) as url:
-        out.print(f"Serving at [bold]{url}[/] (documents: {url}/docs). Ctrl-C stops it.")
+        out.print(f"Serving at [bold]{url}[/] (documents: {url}/docs). Ctrl-C stops it. What its replicas meet is in")
+        out.print(f"  {log_folder()}", markup=False, highlight=False, soft_wrap=True)
         until_interrupted()
 
 

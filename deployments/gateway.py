@@ -20,10 +20,11 @@ from deployments.ladder import StageCall
 from deployments.live_counters import CountersFollower
 from deployments.live_items import ItemsFollower
 from deployments.monitoring import ServeMonitor
+from deployments.replica_log import log_with_serve
 from deployments.resilience import Preferred
 from deployments.rollout import Rollout, loader
 from deployments.service import Service
-from deployments.stage import log_to_stderr, pin_threads
+from deployments.stage import pin_threads
 from deployments.store_owner import url_of
 from recsys.config import Config
 from recsys.core import Candidates, Queries
@@ -112,7 +113,7 @@ class Gateway:
         self, config: Config, handles: dict[str, DeploymentHandle], store: DeploymentHandle | None, ingest: DeploymentHandle | None = None
     ) -> None:
         pin_threads(config.serve.stages.gateway.threads)
-        log_to_stderr()
+        log_with_serve()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._config, self._owner, self._ingest, self._handles = config, store, ingest, Handles(handles)
         here = tuple(name for name in STAGES if name not in handles)

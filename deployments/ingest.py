@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from cluster.ingest_run import Consumers
-from deployments.stage import log_to_stderr
+from deployments.replica_log import log_with_serve
 from deployments.store_owner import url_of
 from recsys.config import Config
 from recsys.errors import RayfunnelError
@@ -20,7 +20,7 @@ class IngestReplica:
     """One replica: one `Ingest`."""
 
     def __init__(self, config: Config, store: object = None) -> None:  # noqa: ARG002 - bound, so that the store's owner is of the application
-        log_to_stderr()
+        log_with_serve()
         self._config = config
         self._consumers: Consumers | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from cluster.redis_items import RedisItemLog
 from cluster.registry_url import open_registry
 from deployments.live_items import ItemsFollower
+from deployments.replica_log import log_with_serve
 from deployments.resilience import Deadline
 from deployments.rollout import Rollout, loader
 from deployments.store_owner import url_of
@@ -37,16 +37,6 @@ def pin_threads(threads: int) -> None:
     threadpool_limits(threads)
 
 
-def log_to_stderr() -> None:
-    """Let this replica's choices and warnings be seen: Ray shows its stderr in the terminal that started it, and keeps it in a file."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for package in ("recsys", "cluster", "deployments"):
-        logger = logging.getLogger(package)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
-
-
 class Stage(ABC):
     """Base of the stage deployments. `loads` are the parts of a bundle that the stage needs."""
 
@@ -54,7 +44,7 @@ class Stage(ABC):
 
     def __init__(self, config: Config, threads: int) -> None:
         pin_threads(threads)
-        log_to_stderr()
+        log_with_serve()
         # One thread: a batch uses the CPUs it was given, the next one waits without fighting it for the interpreter.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
         self._items = follower = ItemsFollower(RedisItemLog(url_of(config), config.store), poll_s=config.serve.items_poll_s)

@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 
 from cluster.embedded import EmbeddedValkey, check_single_node
+from deployments.replica_log import log_with_serve
 from recsys.config import Config
 from recsys.errors import StoreError
 
@@ -19,6 +20,7 @@ class StoreOwner:
     """One replica. It takes over a server whose owner was killed, and ends the server when the application is deleted."""
 
     def __init__(self, folder: str, max_memory_mb: int | None = None) -> None:
+        log_with_serve()
         check_single_node(sum(bool(node["Alive"]) for node in ray.nodes()))
         self._server = EmbeddedValkey(folder, max_memory_mb=max_memory_mb, start_timeout_s=START_S)
         self._server.start()

@@ -6,11 +6,13 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.embedded import EmbeddedValkey
+from deployments.replica_log import log_folder
 from tests.deployments.client import crowd, eventually
 from tests.deployments.live import (
     STAGES,
@@ -35,6 +37,11 @@ def fused(small: Small, ray_cluster: str, tmp_path_factory: pytest.TempPathFacto
 
 def test_pages_are_the_pure_funnels(fused: Live) -> None:
     same_pages(fused)
+
+
+def test_what_replicas_say_is_in_the_log_that_the_terminal_names(fused: Live) -> None:
+    said = "".join(path.read_text() for path in Path(log_folder()).glob("replica_*gateway*.log"))
+    assert f"version {fused.version()['version']} loaded in" in said
 
 
 def test_an_event_enters_the_next_answer(fused: Live) -> None:
