@@ -10,7 +10,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.rollout import Rollout
-from deployments.schemas import ITEM, USER, ItemBody, UserBody, check_id, check_text, fault
+from deployments.schemas import ITEM, USER, ItemBody, UserBody, check_id, check_size, check_text, fault
 from recsys.errors import RequestError, StoreUnavailableError
 from recsys.features.live_items import ItemChange, ItemLog, checked
 from recsys.features.store import FeatureStore
@@ -113,6 +113,7 @@ class CatalogueWrites:
         for index, row in enumerate(rows):
             try:
                 check_text(row)
+                check_size(row, len(raw), self._limits)
                 found.append((index, one(row)))
             except RequestError as error:
                 _reject(raw, rejected, index, error)

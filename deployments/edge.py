@@ -22,6 +22,7 @@ from deployments.resilience import Seldom
 from deployments.schemas import Accepted, EventBody, FaultAnswer, ItemBody, Kept, Page, RankBody, RecommendBody, UserBody
 from deployments.service import Service
 from recsys.errors import RequestError, StoreUnavailableError
+from recsys.serve_config import LimitsConfig
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +47,19 @@ class Edge:
     """The ASGI application of a gateway."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._limit = service, service.config.limits.body_bytes
+        self._service = service
         self._hot: dict[str, Handler] = {"/v1/recommend": self._recommend, "/v1/rank": self._rank, "/v1/events": self._events}
         self.api = documented(self._hot, service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self._hot.get(_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        path = _path(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
+        handler = self._hot.get(path)
         if handler is None:
             await self.api(scope, receive, send)
             return
         request_id = _request_id(scope)
         try:
-            raw = await read_body(scope, receive, self._limit)
+            raw = await read_body(scope, receive, _limit(path, self._service.config.limits))
         except RequestError as error:
             await _send(send, refused(error, request_id), request_id)
             return
@@ -127,6 +129,11 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _limit(path: str, limits: LimitsConfig) -> int:
+    """Bytes that a POST to this path may have."""
+    return limits.batch_bytes if path == "/v1/events" else limits.body_bytes
+
+
 def _path(scope: Scope) -> str:
     """The path below the application's route prefix."""
     path: str = scope["path"]
@@ -160,10 +167,9 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
     """All routes, declared: what /docs shows and what answers everything but the hot routes."""
     api = FastAPI(title="Rayfunnel", description="From a log of events to a ranked page of items.", version="1")
 
-    limit = service.config.limits.body_bytes
-
     async def passed(request: Request) -> Response:
-        return await _with_body(request, hot[_path(request.scope)], limit)
+        path = _path(request.scope)
+        return await _with_body(request, hot[path], _limit(path, service.config.limits))
 
     def post(path: str, body: Any, answer: type, status: int, summary: str) -> None:
         api.post(path, response_model=answer, status_code=status, summary=summary, **_takes(body))(passed)
@@ -213,7 +219,7 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
 def _catalogue(api: FastAPI, service: Service) -> None:
     """PUT and DELETE of items and users: bodies are read by the service, which checks them against the declared columns."""
 
-    limit = service.config.limits.body_bytes
+    limit = service.config.limits.batch_bytes
 
     def route(method: str, path: str, body: Any, work: Callable[[bytes], Awaitable[bytes]], summary: str) -> None:
         async def handler(raw: bytes, request_id: str) -> Reply:  # noqa: ARG001  one shape for all handlers

@@ -23,6 +23,8 @@ from recsys.serve_config import LimitsConfig
 
 EXCLUDE = 1_000
 """Most ids of one `exclude`."""
+SECONDS = (1e8, 1e11)
+"""Numbers that are Unix seconds of 1973 and later, and milliseconds of before: who sends one means seconds."""
 DEEPEST = 32
 """Levels of lists and objects in one event, item or user: more than any field takes, and few enough to be walked and shown."""
 
@@ -48,6 +50,13 @@ def _scalars(value: Any) -> Any:
                 )
             if isinstance(x, int) and abs(x) > 2**53:
                 raise PydanticCustomError("wrong_type", "'{name}' is a number beyond 2^53; send it as a string", {"name": name})
+    return value
+
+
+def _number(value: Any) -> Any:
+    """True is no 1 here: a client that sends it means something else."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("wrong_type", "expected a number")
     return value
 
 
@@ -136,9 +145,9 @@ class EventBody(Body):
     """view, click, like, share, purchase, rating, impression, or a name of your own."""
     event_id: Id | None = None
     """Makes a retry harmless; made from user, item, event and time if absent."""
-    time: str | int | float | None = None
+    time: Annotated[str | int | float | None, BeforeValidator(_number)] = None
     """ISO 8601 or Unix milliseconds; now if absent."""
-    value: float | None = None
+    value: Annotated[float | None, BeforeValidator(_number)] = None
     """A rating, a price, seconds watched."""
     request_id: Id | None = None
     """The recommendation that the event answers."""
@@ -257,6 +266,8 @@ def fault(error: ValidationError) -> RequestError:
     kind, where = first["type"], ".".join(str(part) for part in first["loc"] if part != "function-before")
     if kind == "json_invalid":
         return RequestError("malformed_json", f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}.", status=400)
+    if kind == "model_type":  # pydantic's own words name our classes
+        first["msg"] = "expected an object"
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if kind == "missing":
@@ -330,9 +341,16 @@ def check_text(value: Any, where: str = "", depth: int = 0) -> None:
             check_text(one, where, depth + 1)
 
 
-def event_of(raw: Any, limits: LimitsConfig, now_s: float) -> NewEvent:
-    """One event of a parsed body. Raises RequestError with the reason for its rejection."""
+def check_size(row: Any, sent: int, limits: LimitsConfig) -> None:
+    """Raises RequestError (413) where one row of a body of `sent` bytes is larger than a body of its own might be. After `check_text`."""
+    if sent > limits.body_bytes and (size := len(json.dumps(row, ensure_ascii=False).encode())) > limits.body_bytes:
+        raise RequestError("row_too_large", f"It has {size} bytes; at most {limits.body_bytes} are taken. Send less of it.", status=413)
+
+
+def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0) -> NewEvent:
+    """One event of a parsed body of `sent` bytes. Raises RequestError with the reason for its rejection."""
     check_text(raw)
+    check_size(raw, sent, limits)
     try:
         body = EVENT.validate_python(raw)
     except ValidationError as error:
@@ -350,11 +368,14 @@ def event_of(raw: Any, limits: LimitsConfig, now_s: float) -> NewEvent:
 def _time_ms(given: str | float | None, now_s: float, future_s: float) -> int:
     if given is None:
         return int(now_s * 1000)
+    shown = repr(given)[:40]
     if isinstance(given, str):
         try:
             at = datetime.fromisoformat(given)
         except ValueError:
-            raise RequestError("bad_time", f"'time' must be ISO 8601 or Unix milliseconds, got '{given[:40]}'.", field="time") from None
+            raise RequestError(
+                "bad_time", f"'time' must be ISO 8601, or Unix milliseconds as a number, got {shown}.", field="time"
+            ) from None
         seconds = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     else:
         try:
@@ -363,13 +384,16 @@ def _time_ms(given: str | float | None, now_s: float, future_s: float) -> int:
             seconds = math.inf if given > 0 else -math.inf
         if math.isnan(seconds):
             raise RequestError("bad_time", "'time' must be ISO 8601 or Unix milliseconds, got nan.", field="time")
-    if not 0 <= seconds <= now_s + future_s:
-        why = "lies in the future" if seconds > now_s else "lies before 1970"
-        raise RequestError(
-            "future_time" if seconds > now_s else "bad_time",
-            f"'time' {why}: {repr(given)[:40]}. Send ISO 8601 or Unix milliseconds.",
-            field="time",
+        if SECONDS[0] <= given < SECONDS[1]:
+            text = f"'time' is {shown}, which looks like Unix seconds: as milliseconds it lies before 1974. Send milliseconds, or ISO 8601."
+            raise RequestError("bad_time", text, field="time")
+    if seconds > now_s + future_s:
+        text = (
+            f"'time' lies in the future: {shown}. At most {future_s:g} s ahead of our clock are taken; send ISO 8601 or Unix milliseconds."
         )
+        raise RequestError("future_time", text, field="time")
+    if seconds < 0:
+        raise RequestError("bad_time", f"'time' lies before 1970: {shown}. Send ISO 8601 or Unix milliseconds.", field="time")
     return int(seconds * 1000)
 
 

@@ -321,11 +321,11 @@ class Service:
         now_s = unix_now()
         for index, row in enumerate(rows):
             try:
-                events.append(event_of(row, self.config.limits, now_s))
+                events.append(event_of(row, self.config.limits, now_s, sent=len(raw)))
             except RequestError as error:
+                if not isinstance(body, list):
+                    raise
                 rejected.append({"index": index, "code": error.code, "message": str(error)})
-        if not isinstance(body, list) and rejected:
-            raise RequestError(rejected[0]["code"], rejected[0]["message"])
         return events, rejected
 
     def _strangers(self, events: Sequence[NewEvent]) -> int:

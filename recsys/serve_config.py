@@ -99,7 +99,9 @@ class LimitsConfig(FrozenConfig):
     id_bytes: PositiveInt = 256
     """Longest user, item or event id, in UTF-8 bytes."""
     body_bytes: PositiveInt = 1_000_000
-    """Largest request body."""
+    """Largest request body, and largest event, item or user of a call that holds many."""
+    batch_bytes: PositiveInt = 16_000_000
+    """Largest body of a call that may hold many: POST /v1/events, PUT and DELETE of items and users."""
     k: PositiveInt = 1_000
     """Most items one request may ask for, and most items of one /v1/rank call."""
     events_per_call: PositiveInt = 10_000

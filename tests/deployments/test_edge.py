@@ -360,10 +360,27 @@ class TestEvents:
         ]
 
     def test_ten_thousand_events_are_taken_at_once_and_one_more_is_not(self) -> None:
-        rows = [{"user_id": n % 50, "item_id": n, "event": "view"} for n in range(10_001)]
+        whole = {
+            "event": "view",
+            "request_id": "r" * 36,
+            "time": 1_700_000_000_000,
+            "value": 9.5,
+            "context": {"device": "web", "page": "home"},
+        }
+        rows = [{"user_id": n % 50, "item_id": n, "event_id": f"{n:036}"} | whole for n in range(10_001)]
+        assert len(orjson.dumps(rows)) > 1_500_000, "more than any other request may have"
         assert once("POST", "/v1/events", rows[:-1]).json["accepted"] == 10_000
         heard = once("POST", "/v1/events", rows)
         assert (heard.status, heard.json["error"]["code"]) == (422, "too_many_events")
+
+    def test_one_event_of_many_is_not_larger_than_a_request(self) -> None:
+        heard = once("POST", "/v1/events", [event(), event(context={"note": "x" * 1_000_000})])
+        assert heard.json["accepted"] == 1
+        assert [(r["index"], r["code"]) for r in heard.json["rejected"]] == [(1, "row_too_large")]
+        alone = once("POST", "/v1/events", event(context={"note": "x" * 1_000_000}))
+        assert (alone.status, alone.json["error"]["code"]) == (413, "row_too_large")
+        unnamed = once("POST", "/v1/events", {"user_id": "u1", "event": "click"})
+        assert (unnamed.status, unnamed.json["error"]["field"]) == (422, "item_id")
 
     @pytest.mark.parametrize(
         ("body", "status", "code"),
@@ -373,7 +390,7 @@ class TestEvents:
             (b'"text"', 422, "wrong_type"),
             (b"{}", 422, "missing_field"),
             (b"[" * 3_000, 400, "malformed_json"),
-            (b"[" + b" " * 1_000_000 + b"]", 413, "body_too_large"),
+            (b"[" + b" " * 16_000_000 + b"]", 413, "body_too_large"),
         ],
     )
     def test_a_body_that_holds_no_events_is_refused(self, body: bytes, status: int, code: str) -> None:

@@ -50,6 +50,32 @@ def test_clocks_that_disagree_a_little_are_taken_as_they_are_and_far_ones_are_re
 
 
 @pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            1_700_000_000,
+            "'time' is 1700000000, which looks like Unix seconds: as milliseconds it lies before 1974. Send milliseconds, or ISO 8601.",
+        ),
+        (1_700_000_000.5, "'time' is 1700000000.5, which looks like Unix seconds"),
+        ("1700000000000", "'time' must be ISO 8601, or Unix milliseconds as a number, got '1700000000000'."),
+        (1_700_000_000_000_000, "'time' lies in the future: 1700000000000000. At most 60 s ahead of our clock are taken"),
+        (True, "'time': expected a number, got True."),
+    ],
+)
+def test_times_in_another_unit_are_refused_with_the_one_that_is_meant(given, text):
+    with pytest.raises(RequestError) as raised:
+        event_of({"user_id": "u", "item_id": "i", "event": "click", "time": given}, LimitsConfig(future_s=60), NOW_MS / 1000)
+    assert str(raised.value).startswith(text)
+
+
+def test_true_is_no_value_and_a_row_that_is_no_object_is_told_so():
+    with pytest.raises(RequestError, match=r"^'value': expected a number, got True\.$"):
+        event_of({"user_id": "u", "item_id": "i", "event": "click", "value": True}, LIMITS, time.time())
+    with pytest.raises(RequestError, match=r"^The body: expected an object, got 5\.$"):
+        event_of(5, LIMITS, time.time())
+
+
+@pytest.mark.parametrize(
     ("part", "code", "field", "text"),
     [
         (b'"time": ' + b"9" * 400, "future_time", "time", "'time' lies in the future: 9999"),
