@@ -22,6 +22,7 @@ from recsys.config import Config
 from recsys.core import canonical_id
 from recsys.errors import BundleError, RequestError
 from recsys.funnel import Funnel, FunnelRequest
+from recsys.recall.cold_start import rung_of
 from recsys.recipe import Recipe
 from recsys.report import Report
 
@@ -104,10 +105,11 @@ def recommend(
     funnel.config = funnel.config.model_copy(update={"rules": config.rules})  # as the service does
     wanted = funnel.filters.parse(_asked(only)) if only is not None else None
     queries = funnel.queries([FunnelRequest(user_id=canonical_id(u), k=k, at=time.time(), filter=wanted) for u in users])
-    for user, items in zip(users, funnel.page(queries, funnel.recommend(queries)), strict=True):
-        table = Table(
-            "", "item", "title", "score", "recalled by", title=f"user {user} · {funnel.version}", title_justify="left", header_style="bold"
-        )
+    candidates = funnel.recommend(queries)
+    for b, (user, items) in enumerate(zip(users, funnel.page(queries, candidates), strict=True)):
+        new = "" if (rung := rung_of(candidates, b)) is None else f" · new user, led by {rung}"
+        title = f"user {user} · {funnel.version}{new}"
+        table = Table("", "item", "title", "score", "recalled by", title=title, title_justify="left", header_style="bold")
         for n, item in enumerate(items, 1):
             table.add_row(str(n), item.item_id, item.title or "", f"{item.score:.4f}", ", ".join(item.sources))
         console.print(table)

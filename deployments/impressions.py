@@ -104,4 +104,13 @@ class ImpressionLog:
 def _record(shown: Shown, seen: Used | None) -> Impression:
     funnel, row = shown.funnel, shown.row
     degraded = [note.stage for note in shown.degraded]
-    return impression(row.request, row.request_id, shown.page, seen, version=funnel.version, variant=row.variant, degraded=degraded)
+    return impression(
+        row.request,
+        row.request_id,
+        shown.page,
+        seen,
+        version=funnel.version,
+        variant=row.variant,
+        cold_start=shown.cold_start,
+        degraded=degraded,
+    )

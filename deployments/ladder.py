@@ -78,6 +78,7 @@ class Shown(NamedTuple):
     b: int
     funnel: Funnel
     degraded: tuple[Degraded, ...]
+    cold_start: Rung | None = None
 
 
 class View(NamedTuple):
@@ -254,9 +255,10 @@ class Ladder:
         used = candidates.used if candidates is not None else None
         for b, (row, page) in enumerate(zip(batch.view.rows, pages, strict=True)):
             if not row.answer.done():
-                row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings, rung_of(candidates, b)))
+                rung = rung_of(candidates, b)
+                row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings, rung))
                 if row.request_id and self._on_page is not None:
-                    self._on_page(Shown(row, page, used, b, batch.funnel, degraded))
+                    self._on_page(Shown(row, page, used, b, batch.funnel, degraded, rung))
         if self._on_batch is not None:
             self._on_batch(len(batch.view.rows), batch.timings, degraded)
 

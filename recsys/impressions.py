@@ -25,10 +25,12 @@ from recsys.errors import DataError
 from recsys.features.records import counted_to
 from recsys.funnel import FunnelRequest, PageItem
 
-FORMAT = "2"
+FORMAT = "3"
+READABLE = ("2", FORMAT)
+"""Format 2 has no `cold_start`; it reads as null."""
 DEFAULT_VARIANT = "default"
 """Of a page whose request and configuration name none."""
-SERVED_BY = (pa.field("model_version", pa.string()), pa.field("variant", pa.string()))
+SERVED_BY = (pa.field("model_version", pa.string()), pa.field("variant", pa.string()), pa.field("cold_start", pa.string()))
 SCHEMA = pa.schema(
     [
         *(REQUEST_ID, USER_ID, TIME_MS),
@@ -48,7 +50,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"rayfunnel.impressions": FORMAT},
 )
-"""at_s: the request's own instant, which values are of; positions from 1; propensities: the probability that the item stood there,
+"""at_s: the request's own instant, which values are of; cold_start: the rung of a new user's page (null: he is not new); positions from 1; propensities: the probability that the item stood there,
 1 where nothing was drawn; snapshot_s: the item snapshot's instant, snapshot_counted: per partition of the event log, the entries below
 this number were counted in it (null: those of the training log alone, []: it was cut at several places); user_counted: the same of
 the user's own counters (null: training log, -1: nobody knows). query_features: W values of a feature, item_features: W values an
@@ -64,6 +66,7 @@ class Impression(NamedTuple):
     at_s: float
     model_version: str
     variant: str
+    cold_start: str | None
     context: str
     degraded: list[str]
     items: list[str]
@@ -101,6 +104,7 @@ def impression(
     *,
     version: str,
     variant: str = DEFAULT_VARIANT,
+    cold_start: str | None = None,
     degraded: Sequence[str] = (),
 ) -> Impression:
     """The record of one answered page; `seen` is of `picked`."""
@@ -114,6 +118,7 @@ def impression(
         request.at,
         version,
         variant,
+        cold_start,
         json.dumps(dict(request.context), default=str),
         list(degraded),
         [item.item_id for item in page],
@@ -142,8 +147,10 @@ def read(root: str) -> pa.Table:
     parts = []
     for file in files:
         schema = pq.read_schema(file)
-        if (found := (schema.metadata or {}).get(b"rayfunnel.impressions", b"none").decode()) != FORMAT:
-            raise DataError(f"'{file}' has format {found} of impressions, this code reads {FORMAT}. Move it away, or run its release.")
+        if (found := (schema.metadata or {}).get(b"rayfunnel.impressions", b"none").decode()) not in READABLE:
+            raise DataError(
+                f"'{file}' has format {found} of impressions, this code reads {' and '.join(READABLE)}. Move it away, or run its release."
+            )
         parts.append(pq.read_table(file, schema=SCHEMA, partitioning=None))
     table = pa.concat_tables(parts)
     _, first = np.unique(np.array(table["request_id"].to_pylist(), object).astype(str), return_index=True)
@@ -197,12 +204,12 @@ def joined(
             first[request, item] = min(first.get((request, item), (time, event)), (time, event))
     out: dict[str, list[Any]] = {name: [] for name in EXAMPLES.names}
     for row in impressions.select(
-        ["request_id", "user_id", "time_ms", "model_version", "variant", "context", "items", "positions", "propensities"]
+        ["request_id", "user_id", "time_ms", *(f.name for f in SERVED_BY), "context", "items", "positions", "propensities"]
     ).to_pylist():
         for item, position, propensity in zip(row["items"], row["positions"], row["propensities"], strict=True):
             hit = first.get((row["request_id"], item))
             values = (row["request_id"], row["user_id"], item, hit[1] if hit else IMPRESSION, row["time_ms"], int(hit is not None))
-            for name, value in zip(out, (*values, position, propensity, row["model_version"], row["variant"], row["context"]), strict=True):
+            for name, value in zip(out, (*values, position, propensity, *(row[f.name] for f in SERVED_BY), row["context"]), strict=True):
                 out[name].append(value)
     account |= {"pages": len(impressions), "examples": len(out["label"]), "positives": sum(out["label"])}
     return pa.table(out, schema=EXAMPLES), account

@@ -28,6 +28,7 @@ def config(small: Small, tmp_path):
             float(at),
             version,
             "",
+            None,
             "{}",
             [],
             ["i1", "i3"],

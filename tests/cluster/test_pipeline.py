@@ -54,7 +54,10 @@ def test_train_publishes_promotes_the_first_and_is_not_repeated(tmp_path, ray_cl
 
     shown = console()
     pipeline.recommend(config, ["u0", "nobody"], shown, k=3)
-    assert "Item" in shown.export_text()
+    text = shown.export_text()
+    assert "Item" in text
+    assert "user nobody" in text and "new user, led by popular" in text
+    assert text.count("new user") == 1, "u0 has a history"
 
     report = evaluation.evaluate(config, console(), models=["popular", "funnel"], json=tmp_path / "r.json", html=tmp_path / "r.html")
     baselines = {"Pop", "ItemKNN", "EASE", "Markov"}  # stand beside whatever is asked for

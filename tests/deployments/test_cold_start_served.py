@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
 from deployments.edge import Edge
+from deployments.impressions import ImpressionLog
 from deployments.monitoring import Monitor
 from deployments.rollout import Rollout
 from deployments.service import Service
+from recsys import impressions
 from recsys.features.store import MemoryStore
-from recsys.serve_config import ServeConfig, TimeoutsConfig
+from recsys.serve_config import ImpressionsConfig, ServeConfig, TimeoutsConfig
 from tests.deployments.standin import StandIn, StandInRegistry
 from tests.deployments.test_edge import V1, speak
 from tests.small import config_of, recipe_of, write_data
@@ -95,6 +98,19 @@ def test_a_segment_is_named_and_a_known_user_has_no_rung(rollout: Rollout) -> No
     assert monitor.rungs == {"segment": 1, "interests": 1}
     assert (segment[1]["cold_start"], context[1]["cold_start"]) == ("segment", "interests")
     assert "cold_start" not in known[1]
+
+
+def test_the_rung_is_logged_with_the_page(rollout: Rollout, tmp_path: Path) -> None:
+    async def run() -> None:
+        service = Service(PATIENT, rollout, MemoryStore(), impressions=ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0)))
+        for method, path, body in (asked("n", features={"country": "fr"}), asked("u3"), asked("m")):
+            assert (await speak(Edge(service), method, path, orjson.dumps(body))).status == 200
+        await service.close()
+
+    asyncio.run(run())
+    shown = impressions.read(str(tmp_path))
+    rungs = dict(zip(shown["user_id"].to_pylist(), shown["cold_start"].to_pylist(), strict=True))
+    assert rungs == {"n": "segment", "u3": None, "m": "popular"}
 
 
 def test_an_interest_of_a_column_that_items_do_not_have_is_refused_by_name(rollout: Rollout) -> None:

@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 def labelled(*rows: tuple[str, str, str, float, int]) -> pa.Table:
     """(request, user, item, seconds after LATER, label) as `impressions.joined` gives them."""
     values = [
-        (r, u, i, "click" if y else "impression", round(1000 * (LATER + t)), y, 1, 1.0, "v1", "default", '{"device": "web"}')
+        (r, u, i, "click" if y else "impression", round(1000 * (LATER + t)), y, 1, 1.0, "v1", "default", None, '{"device": "web"}')
         for r, u, i, t, y in rows
     ]
     return pa.table([pa.array(list(c), f.type) for c, f in zip(zip(*values, strict=True), EXAMPLES, strict=True)], schema=EXAMPLES)

@@ -8,12 +8,29 @@ from recsys.errors import DataError
 from recsys.impressions import SCHEMA, Impression, joined, read, table_of
 
 
-def page(request: str, user: str, time_ms: int, *items: str) -> Impression:
+def page(request: str, user: str, time_ms: int, *items: str, cold_start: str | None = None) -> Impression:
     n = len(items)
     places, ones = list(range(1, n + 1)), [1.0] * n
     features = [("item_n", [float(i) for i in range(n)])]
     return Impression(
-        request, user, time_ms, time_ms / 1000, "v1", "", "{}", [], list(items), places, ones, ones, 5.0, None, None, [], features
+        request,
+        user,
+        time_ms,
+        time_ms / 1000,
+        "v1",
+        "",
+        cold_start,
+        "{}",
+        [],
+        list(items),
+        places,
+        ones,
+        ones,
+        5.0,
+        None,
+        None,
+        [],
+        features,
     )
 
 
@@ -62,9 +79,26 @@ def test_a_page_that_was_written_twice_counts_once_and_order_is_by_time(tmp_path
     assert found["item_features"].to_pylist()[0] == [("item_n", [0.0])]
 
 
+def test_the_rung_of_a_new_user_goes_with_each_of_his_items_and_files_from_before_it_have_none(tmp_path):
+    pq.write_table(
+        table_of([page("r1", "new", 1_000, "a", "b", cold_start="segment"), page("r2", "known", 2_000, "a")]), tmp_path / "2.parquet"
+    )
+    before = table_of([page("r0", "old", 500, "a")]).drop_columns("cold_start").replace_schema_metadata({"rayfunnel.impressions": "2"})
+    pq.write_table(before, tmp_path / "1.parquet")
+    shown = read(str(tmp_path))
+    assert shown["cold_start"].to_pylist() == [None, "segment", None]
+    found, _ = joined(shown, events(("new", "b", "click", 1_500, "r1", "1")), window_s=3_600)
+    assert [(r["user_id"], r["label"], r["cold_start"]) for r in found.to_pylist()] == [
+        ("old", 0, None),
+        ("new", 0, "segment"),
+        ("new", 1, "segment"),
+        ("known", 0, None),
+    ]
+
+
 def test_none_and_another_format_are_sentences(tmp_path):
     with pytest.raises(DataError, match=r"Set serve\.impressions\.sample above 0"):
         read(str(tmp_path))
     pq.write_table(SCHEMA.remove_metadata().empty_table(), tmp_path / "1.parquet")
-    with pytest.raises(DataError, match="has format none of impressions, this code reads 2"):
+    with pytest.raises(DataError, match="has format none of impressions, this code reads 2 and 3"):
         read(str(tmp_path))
