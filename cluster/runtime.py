@@ -115,9 +115,9 @@ def start_ray(
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises the bare Exception where its processes do not come up in time
         where = f"the cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}" if adopt else "a local Ray cluster"
-        raise RayfunnelError(f"Could not reach {where}: {error}") from error
+        raise RayfunnelError(f"Could not reach {where}: {error} On a busy host, give the command again.") from error
     resources = ray.cluster_resources()
     log.info("ray %s cpus=%g gpus=%g", "adopted" if adopt else "started", resources.get("CPU", 0), resources.get("GPU", 0))
 

@@ -51,7 +51,11 @@ def running(config: Config, say: Callable[[str], None]) -> Iterator[str]:
     for number in before:
         signal.signal(number, _interrupt)
     try:
-        serve.start(http_options={"host": serving.host, "port": serving.port}, logging_config={"log_level": "WARNING"})
+        try:
+            serve.start(http_options={"host": serving.host, "port": serving.port}, logging_config={"log_level": "WARNING"})
+        except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:  # its controller or proxy did not come up in time
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RayfunnelError(f"Ray Serve did not start: {why} On a busy host, give the command again.") from error
         say("starting the service")
         try:
             serve.run(application(config), name=APPLICATION, route_prefix="/")

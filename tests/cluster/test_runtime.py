@@ -105,3 +105,17 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.Mon
         RayfunnelError, match=r"No Ray cluster answers at RAY_ADDRESS=127.0.0.1:1 \(.*refused\). Start it, correct the address"
     ):
         runtime.start_ray()
+
+
+def test_a_ray_that_does_not_come_up_in_time_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(runtime, "_set_environment", lambda _: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(RayfunnelError, match=r"Could not reach a local Ray cluster: The current node timed out .* give the command again"):
+        runtime.start_ray()

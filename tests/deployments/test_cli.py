@@ -51,6 +51,25 @@ def test_a_port_that_needs_root_and_a_foreign_address_are_told_too() -> None:
         check_port(ServeConfig(host="203.0.113.7", port=8123))
 
 
+def test_a_proxy_of_serve_that_does_not_come_up_in_time_is_a_sentence(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray import serve
+
+    from deployments import serving
+
+    def late(**_: object) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    for owner, name, does in ((serving, "start_ray", None), (serve, "start", late), (serve, "shutdown", None), (ray, "shutdown", None)):
+        monkeypatch.setattr(owner, name, does or (lambda *_, **__: None))
+    config = small.config.model_copy(update={"serve": ServeConfig(port=free_port(), data_plane="python")})
+    with (
+        pytest.raises(RayfunnelError, match=r"^Ray Serve did not start: The actor died .* give the command again"),
+        serving.running(config, lambda _: None),
+    ):
+        pass
+
+
 @pytest.mark.ray
 def test_serve_answers_until_ctrl_c_and_leaves_nothing_behind(small: Small) -> None:
     port = free_port()
