@@ -1,12 +1,13 @@
 """The state of a key as bytes: versioned, compact, read back exactly. What a store holds and a bundle carries; no pickle.
 
 A state begins with its version (1 byte) and 4 bytes of the declaration that it counts by: a state of another declaration is
-not read. Then the pending events and each aggregate's settled state. A count takes one to three bytes, any other number nine,
+not read. Then the pending events, by column, and each aggregate's settled state. A count takes one to three bytes, any other number nine,
 a time eight; a window's part names its bucket instead, a part of the whole past needs no time at all.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
@@ -19,10 +20,13 @@ from recsys.features.generate import Event
 from recsys.features.groups import Counted, Group, GroupState
 from recsys.features.tally import Distinct, Ends, Entry, Part, Tally
 
-VERSION = 1
-_F64, _U64, _I64, _EVENT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<q"), struct.Struct("<dq")
+VERSION = 2
+_F64, _U64, _I64 = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<q")
 _NONE, _TEXT, _NUMBER, _AMOUNTS = range(4)
 _INTEGERS = float(1 << 55)
+_WIDTHS, _MOST = "BHIQ", (0xFF, 0xFFFF, 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF)
+_RAW = len(_WIDTHS)
+"""In place of a width: times as they are, eight bytes each."""
 
 
 def digest(group: Group) -> bytes:
@@ -34,15 +38,53 @@ def digest(group: Group) -> bytes:
 def pack(group: Group, state: GroupState, *, mark: bytes | None = None) -> bytes:
     """A state as bytes; `mark` is `digest(group)` where it is at hand."""
     out = bytearray([VERSION]) + (mark or digest(group)) + _F64.pack(state.newest)
-    _put_int(out, len(state.pending))
-    for time, position, value in state.pending:
-        out += _EVENT.pack(time, position)
-        out += _said(value)
+    _put_pending(out, state)
     for f, held in zip(group.features, state.settled, strict=True):
         _put_int(out, len(held))
         for part in held:
             _put_part(out, f.monoid, f, part)
     return bytes(out)
+
+
+def _put_pending(out: bytearray, state: GroupState) -> None:
+    """Columns: milliseconds before the newest event, positions from the first on, and what is said, each thing once."""
+    pending = state.pending
+    _put_int(out, len(pending))
+    if not pending:
+        return
+    times, positions, values = zip(*pending, strict=True)
+    ms = _whole_ms((*times, state.newest))
+    if ms:
+        newest = ms.pop()
+        _put_column(out, [newest - at for at in ms])
+    else:
+        out.append(_RAW)
+        out += struct.pack(f"<{len(times)}d", *times)
+    first = min(positions)
+    _put_signed(out, first)
+    _put_column(out, [position - first for position in positions])
+    table = {said: at for at, said in enumerate(dict.fromkeys(values))}
+    _put_int(out, len(table))
+    for said in table:
+        out += _said(said)
+    if len(table) > 1:
+        _put_column(out, [table[said] for said in values])
+
+
+def _whole_ms(times: tuple[float, ...]) -> list[int]:
+    """Times in milliseconds, or nothing where that is not all of each."""
+    try:
+        ms = [round(time * 1000) for time in times]
+    except (OverflowError, ValueError):  # infinite, or none
+        return []
+    return ms if tuple([at / 1000 for at in ms]) == times else []
+
+
+def _put_column(out: bytearray, numbers: list[int]) -> None:
+    """Numbers from 0 on, each in as few bytes as the largest takes."""
+    width = bisect.bisect_left(_MOST, max(numbers))
+    out.append(width)
+    out += struct.pack(f"<{len(numbers)}{_WIDTHS[width]}", *numbers)
 
 
 @functools.lru_cache(maxsize=4_096)
@@ -58,13 +100,13 @@ def unpack(group: Group, held: bytes, *, mark: bytes | None = None) -> GroupStat
     """What `pack` wrote; the empty state for bytes of another declaration. StoreError for another version or damage."""
     if not held:
         return group.init()
-    if held[0] != VERSION:
+    if held[0] not in (1, VERSION):
         raise StoreError(f"A feature state has version {held[0]}, this code reads version {VERSION}. Run the newer release.")
     if held[1:5] != (mark or digest(group)):
         return group.init()
     try:
         return _Reader(held).state(group)
-    except (struct.error, IndexError, UnicodeDecodeError) as fault:
+    except (struct.error, IndexError, ValueError, OverflowError) as fault:
         raise StoreError(f"A feature state of {len(held)} bytes is damaged ({fault}). Rebuild it from the event log.") from fault
 
 
@@ -133,10 +175,34 @@ class _Reader:
         self.held, self.at = held, 5
 
     def state(self, group: Group) -> GroupState:
-        newest = self._float()
-        pending = tuple(Event(self._float(), self._unpack(_I64), tuple(self._value() for _ in group.signals)) for _ in range(self._int()))
+        newest, n, signals = self._float(), self._int(), len(group.signals)
+        if self.held[0] == 1:  # before pending events were written as columns
+            pending = tuple(Event(self._float(), self._unpack(_I64), self._said(signals)) for _ in range(n))
+        else:
+            pending = self._pending(newest, n, signals) if n else ()
         settled = tuple(tuple(self._part(f.monoid, f) for _ in range(self._int())) for f in group.features)
         return GroupState(newest, pending, settled)
+
+    def _pending(self, newest: float, n: int, signals: int) -> tuple[Event, ...]:
+        if self.held[self.at] == _RAW:
+            self.at += 1 + 8 * n
+            times = struct.unpack_from(f"<{n}d", self.held, self.at - 8 * n)
+        else:
+            newest_ms = round(newest * 1000)
+            times = tuple((newest_ms - before) / 1000 for before in self._column(n))
+        first = self._signed()
+        positions = self._column(n)
+        table = [self._said(signals) for _ in range(self._int())]
+        which = self._column(n) if len(table) > 1 else (0,) * n
+        return tuple(Event(time, first + after, table[at]) for time, after, at in zip(times, positions, which, strict=True))
+
+    def _column(self, n: int) -> tuple[int, ...]:
+        form = f"<{n}{_WIDTHS[self.held[self.at]]}"
+        self.at += 1 + struct.calcsize(form)
+        return struct.unpack_from(form, self.held, self.at - struct.calcsize(form))
+
+    def _said(self, signals: int) -> tuple[Any, ...]:
+        return tuple(self._value() for _ in range(signals))
 
     def _unpack(self, form: struct.Struct) -> Any:
         (value,) = form.unpack_from(self.held, self.at)
@@ -155,6 +221,10 @@ class _Reader:
             if byte < 128:
                 return n
             shift += 7
+
+    def _signed(self) -> int:
+        n = self._int()
+        return n >> 1 if not n & 1 else -(n + 1 >> 1)
 
     def _number(self) -> float:
         n = self._int()
@@ -179,8 +249,7 @@ class _Reader:
         if _timed(monoid, f):
             first, last = self._float(), self._float()
         elif monoid.buckets:
-            n = self._int()
-            bucket = n >> 1 if not n & 1 else -(n + 1 >> 1)
+            bucket = self._signed()
             first = last = (bucket + 0.5) * monoid.bucket_s - monoid.offset_s  # the middle: rounding cannot leave the bucket
         else:
             first = last = 0.0

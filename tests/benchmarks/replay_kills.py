@@ -49,6 +49,8 @@ from tests.cluster.valkey_process import kill
 CONSUMERS = 2
 ROUND = 250
 """Events told in one call."""
+ROUND_S = 0.5
+"""Between two calls: consumers could take ten times as many, and would meet fewer kills."""
 PAUSE_S = (5.0, 9.0)
 """Between two kills: a process of consumers takes 3 s to begin."""
 REPEATED = 100
@@ -165,7 +167,7 @@ async def replayed(config: Config, url: str, events: list[NewEvent], killed: Kil
         some = events[start : start + ROUND]
         known += await accepted(store, some + [e for n, e in enumerate(some, start) if n % REPEATED == 0])
         await killed.now_and_then()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(ROUND_S)
     while True:
         try:
             said = await status.read()
