@@ -108,8 +108,9 @@ def recommend(
     candidates = funnel.recommend(queries)
     for b, (user, items) in enumerate(zip(users, funnel.page(queries, candidates), strict=True)):
         new = "" if (rung := rung_of(candidates, b)) is None else f" · new user, led by {rung}"
-        title = f"user {user} · {funnel.version}{new}"
-        table = Table("", "item", "title", "score", "recalled by", title=title, title_justify="left", header_style="bold")
+        # A table's own title is broken where the table is narrow.
+        console.print(f"user {user} · {funnel.version}{new}", markup=False, highlight=False, soft_wrap=True)
+        table = Table("", "item", "title", "score", "recalled by", header_style="bold")
         for n, item in enumerate(items, 1):
             table.add_row(str(n), item.item_id, item.title or "", f"{item.score:.4f}", ", ".join(item.sources))
         console.print(table)
