@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import orjson
@@ -25,9 +22,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from recsys.data.event_files import MANIFEST, SCHEMA, EventFile, Written, folder_name, opened, read_manifest
+from recsys.data.whole_files import put_whole
 from recsys.features.store import NewEvent
 
-UNFINISHED = ".unfinished-"
 MERGE_AT = 32
 """The newest files become one when there are so many that fit into one: a quiet log would leave a file a minute for ever."""
 KEEP_S = 3_600.0
@@ -49,7 +46,6 @@ class Archive:
     def __init__(self, root: str, partition: int) -> None:
         self.partition = partition
         self._fs, path = opened(root)
-        self._local = isinstance(self._fs, pafs.LocalFileSystem)
         self._folder = f"{path}/{folder_name(partition)}"
         self.manifest = Written(partition=partition)
 
@@ -123,23 +119,7 @@ class Archive:
                     self._fs.delete_file(info.path)
 
     def _put(self, name: str, write: Callable[[str], None]) -> None:
-        """A file under its name, whole or not at all."""
-        if not self._local:  # an object store shows an object when it is complete
-            write(f"{self._folder}/{name}")
-            return
-        unfinished = f"{self._folder}/{UNFINISHED}{uuid.uuid4().hex[:8]}"
-        try:
-            write(unfinished)
-            with Path(unfinished).open("rb") as file:
-                os.fsync(file.fileno())
-            Path(unfinished).replace(f"{self._folder}/{name}")
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        put_whole(self._fs, self._folder, name, write)
 
 
 def table_of(rows: Sequence[ArchivedRow], partition: int) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -53,12 +54,13 @@ def skew(config: Config, console: Console, *, folder: str | None, events: str | 
 def recomputed(config: Config, console: Console, *, folder: str | None, events: str | None) -> Report:
     """Every logged value once more from the log, printed by feature."""
     shown = impressions.read(folder or f"{config.root}/impressions")
-    root = events or config.place("events")
     fetch(config, console)
     # A version that was trained on the log alone has pages from before the first event came in.
-    came_in = live_log.read(root)
-    data = config.data.model_copy(update={"interactions": config.data.interactions.model_copy(update={"live": str(Path(root).absolute())})})
-    log = load(data, config.base).interactions
+    came_in = live_log.read(events or config.place("events"))
+    with tempfile.TemporaryDirectory() as frozen:  # more may come in meanwhile, and they may lie in an object store
+        pq.write_table(came_in, f"{frozen}/live.parquet")
+        rows = config.data.interactions.model_copy(update={"live": f"{frozen}/live.parquet"})
+        log = load(config.data.model_copy(update={"interactions": rows}), config.base).interactions
     came = Came(log, told(log, config.history), *live_log.arrivals(log, came_in))
     registry, report = open_registry(config.place("registry")), Report()
     for version in sorted({canonical_id(v) for v in shown["model_version"].to_pylist()}):

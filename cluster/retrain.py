@@ -211,12 +211,12 @@ def _known_to(prepared: Prepared, serving: Path, candidates: np.ndarray) -> np.n
 
 def _pages(config: Config, prepared: Prepared, held: pa.Table) -> Pages | None:
     """The logged pages, joined with the events of their requests that came before the held-out part; None where none was logged."""
-    folder = Path(f"{config.root}/impressions")
-    if "://" in config.root or not any(folder.glob("*.parquet")):
+    root = f"{config.root}/impressions"
+    if not impressions.files(root)[1]:
         return None
     test = prepared.log.time[prepared.split.test]
     known = held.filter(pc.less(held["time_ms"], int(1000 * test.min(initial=np.inf)) if len(test) else 1 << 62))
-    labelled, _ = impressions.joined(impressions.read(str(folder)), known, window_s=3600 * config.retrain.click_window_h)
+    labelled, _ = impressions.joined(impressions.read(root), known, window_s=3600 * config.retrain.click_window_h)
     rows = held.filter(pc.equal(held["event"], IMPRESSION)) if config.data.impressions else held.slice(0, 0)
     own = set(zip(rows["request_id"].to_pylist(), rows["item_id"].to_pylist(), strict=True))
     return Pages.of(labelled, prepared.log, without=own)

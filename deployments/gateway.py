@@ -131,6 +131,7 @@ class Gateway:
         if counters is not None:
             counters.start()
         self._counters = counters
+        self._ingest_status = IngestStatus(config, url_of(config))
         self._service = Service(
             config.serve,
             self._rollout,
@@ -142,11 +143,11 @@ class Gateway:
             monitor=ServeMonitor(),
             why_not=self._handles.why_not if handles else None,
             stage_states=self._handles.states if handles else None,
-            impressions=ImpressionLog(f"{config.root}/impressions", config.serve.impressions) if "://" not in config.root else None,
+            impressions=ImpressionLog(f"{config.root}/impressions", config.serve.impressions),
             items=items,
             follower=follower,
             append_batch=config.store.append_batch,
-            ingest_status=IngestStatus(config, url_of(config)).read,
+            ingest_status=self._ingest_status.read,
             counters_state=counters.state if counters is not None else None,
         )
 
@@ -166,6 +167,7 @@ class Gateway:
         if (service := getattr(self, "_service", None)) is None:  # it never came to be
             return
         await service.close()
+        await self._ingest_status.close()
         if self._counters is not None:
             await asyncio.to_thread(self._counters.stop)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 import uuid
 from collections import deque
@@ -20,6 +19,8 @@ import pyarrow.parquet as pq
 
 from deployments.ladder import Shown
 from recsys.core import Used, id_hash
+from recsys.data.event_files import opened
+from recsys.data.whole_files import put_whole
 from recsys.impressions import Impression, impression, picked, table_of
 from recsys.serve_config import ImpressionsConfig
 
@@ -33,10 +34,10 @@ def sampled(request_id: str, share: float) -> bool:
 
 
 class ImpressionLog:
-    """`folder` is where files go. Used from the event loop; `start` and `stop` as well."""
+    """`folder` is where files go, a path or a URI. Used from the event loop; `stop` as well."""
 
     def __init__(self, folder: str | Path, config: ImpressionsConfig) -> None:
-        self.folder, self.config = Path(folder), config
+        self.folder, self.config = str(folder), config
         self.logged = self.dropped = self.failed = 0
         self._waiting: deque[tuple[Shown, Used | None]] = deque()
         self._replica, self._files = uuid.uuid4().hex[:8], 0
@@ -77,17 +78,11 @@ class ImpressionLog:
 
     def _write(self, waiting: Sequence[tuple[Shown, Used | None]]) -> None:
         table = table_of([_record(shown, seen) for shown, seen in waiting])
-        self.folder.mkdir(parents=True, exist_ok=True)
+        fs, folder = opened(self.folder)  # here, as an object store may be slow to answer, or away
+        fs.create_dir(folder, recursive=True)
         self._files += 1
         name = f"{int(time.time() * 1000):013d}-{self._replica}-{self._files:06d}.parquet"
-        unfinished = self.folder / f".unfinished-{name}"
-        try:
-            pq.write_table(table, unfinished, compression="zstd")
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(self.folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        put_whole(fs, folder, name, lambda path: pq.write_table(table, path, filesystem=fs, compression="zstd"))
 
     async def stop(self) -> None:
         """Write what waits and end."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from recsys.core import Used
+from recsys.data.event_files import opened
 from recsys.data.logged import CONTEXT, EVENT, ITEM_ID, REQUEST_ID, TIME_MS, USER_ID
 from recsys.data.sources import IMPRESSION
 from recsys.errors import DataError
@@ -139,19 +140,26 @@ def table_of(impressions: Sequence[Impression]) -> pa.Table:
     return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
+def files(root: str) -> tuple[pafs.FileSystem, list[str]]:
+    """The files of impressions under a folder or URI, in their order, and the filesystem that has them."""
+    fs, folder = opened(root)
+    held = fs.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
+    return fs, sorted(f.path for f in held if f.is_file and f.extension == "parquet" and not f.base_name.startswith("."))
+
+
 def read(root: str) -> pa.Table:
-    """Every impression under a folder, each request once, by time. DataError for none, or another format."""
-    files = sorted(p for p in Path(root).rglob("*.parquet") if not p.name.startswith("."))
-    if not files:
+    """Every impression under a folder or URI, each request once, by time. DataError for none, or another format."""
+    fs, found = files(root)
+    if not found:
         raise DataError(f"'{root}' holds no impressions. Set serve.impressions.sample above 0 and let the service answer.")
     parts = []
-    for file in files:
-        schema = pq.read_schema(file)
+    for file in found:
+        schema = pq.read_schema(file, filesystem=fs)
         if (found := (schema.metadata or {}).get(b"rayfunnel.impressions", b"none").decode()) not in READABLE:
             raise DataError(
                 f"'{file}' has format {found} of impressions, this code reads {' and '.join(READABLE)}. Move it away, or run its release."
             )
-        parts.append(pq.read_table(file, schema=SCHEMA, partitioning=None))
+        parts.append(pq.read_table(file, filesystem=fs, schema=SCHEMA, partitioning=None))
     table = pa.concat_tables(parts)
     _, first = np.unique(np.array(table["request_id"].to_pylist(), object).astype(str), return_index=True)
     table = table.take(pa.array(np.sort(first)))

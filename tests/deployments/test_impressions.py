@@ -92,6 +92,14 @@ def test_a_service_that_ends_writes_what_waits_and_the_version_tells_what_was_lo
     assert [r["request_id"] for r in read(str(tmp_path)).to_pylist()] == ["req0", "req1"]
 
 
+def test_a_workdir_may_be_a_uri(rollout, tmp_path):
+    root = f"{tmp_path.as_uri()}/not/made/yet"
+    log = ImpressionLog(root, ImpressionsConfig(sample=1.0))
+    told = answers(service(rollout, log), 3)
+    assert read(root)["items"].to_pylist() == [[item["item_id"] for item in answer["items"]] for answer in told]
+    assert read(root).equals(read(str(tmp_path / "not")))
+
+
 def test_the_end_waits_for_a_write_that_is_under_way(rollout, tmp_path, monkeypatch):
     log, begun, go = ImpressionLog(tmp_path, ImpressionsConfig(sample=1.0, flush_s=0.001)), threading.Event(), threading.Event()
     write = log._write
