@@ -24,6 +24,8 @@ from recsys.data.interactions import Interactions
 from recsys.data.sources import IMPRESSION, DataConfig, LogColumns
 from recsys.errors import DataError
 
+TYPE = "type of a live event"
+"""The column of `as_rows` that holds event types, where the log's files name none."""
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -45,7 +47,10 @@ def read(root: str) -> pa.Table:
 
 
 def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Sequence[str], like: pa.Schema) -> pa.Table:
-    """Live events as raw rows of the log whose columns are `like`; in a log that names no events, impressions are left out."""
+    """Live events as raw rows of the log whose columns are `like`; in a log that names no events, impressions are left out.
+
+    What a user did there is told apart by TYPE all the same, as the service does: a view enters no history, in neither road.
+    """
     log = config.interactions
     if columns.event.column is None and not config.impressions:
         events = events.filter(pc.not_equal(events["event"], IMPRESSION))
@@ -73,7 +78,7 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
             yes = rule.equals if rule.equals is not None else 1 if rule.at_least is None else rule.at_least
             out[rule.column] = pa.array([yes if s else None for s in said])
     cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
-    return pa.table(cast)
+    return pa.table(cast if columns.event.column is not None or config.impressions else {**cast, TYPE: events["event"]})
 
 
 def arrivals(log: Interactions, events: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -49,6 +49,8 @@ def read_log(config: DataConfig, resolve: Resolver, keep: Sequence[str], account
     if log.live is not None:
         told = as_rows(live_log.read(str(resolve(log.live))), config, columns, keep, table.schema)
         table = pa.concat_tables([table, told], promote_options="permissive")
+        if live_log.TYPE in table.column_names:  # rows of files have none, and are of the default
+            columns = columns._replace(event=columns.event.model_copy(update={"column": live_log.TYPE}))
         lengths, part = [*lengths, len(told)], [*part, 0]
     malformed = sum(raw.malformed for raw, _ in raws)
     account.read, account.dropped = len(table) + malformed, dict.fromkeys(cleaning.REASONS, 0)
@@ -136,7 +138,9 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
     order = np.flatnonzero(reason == 0)
     order = order[np.argsort(time[order], kind="stable")]
     if columns.time is not None:
-        again = cleaning.duplicates(time[order], user.codes[order], item.codes[order], event[order], parts[order])
+        # A log that names no events may hold a live one under another type: what it is called does not tell them apart there.
+        kinds = event if columns.event.column != live_log.TYPE else np.zeros_like(event)
+        again = cleaning.duplicates(time[order], user.codes[order], item.codes[order], kinds[order], parts[order])
         account.dropped["duplicate"] = int(again.sum())
         order = order[~again]
     if not len(order):
@@ -157,7 +161,7 @@ def _event_codes(table: pa.Table, config: EventConfig) -> tuple[np.ndarray, tupl
     names = sorted({*coded.ids, config.default} if (coded.codes == UNKNOWN).any() else coded.ids)
     if len(names) > 127:
         raise DataError(
-            f"interactions.event.column: '{config.column}' holds {len(names):,} different values, such as '{names[0]}' and '{names[1]}'. "
+            f"interactions.event: column '{config.column}' holds {len(names):,} different values, such as '{names[0]}' and '{names[1]}'. "
             "Expected event types, at most 127."
         )
     rank = {name: i for i, name in enumerate(names)}

@@ -10,6 +10,10 @@ from recsys.data import event_files
 from recsys.data.events import load
 from recsys.data.sources import DataConfig
 from recsys.errors import DataError
+from recsys.features.declaration import HistoryConfig
+from recsys.features.generate import told
+from recsys.features.live_rows import row_reader
+from recsys.features.store import NewEvent
 from tests.live_events import Told, archive
 
 
@@ -64,6 +68,26 @@ def test_impressions_are_negatives_where_the_log_has_them_and_no_events_elsewher
     both = load(config, tmp_path, now=2e9).interactions
     assert both.positive.tolist() == [True, False, True]
     assert [both.event_names[e] for e in both.event] == ["click", "impression", "click"]
+
+
+def test_what_a_live_event_is_stays_known_where_the_files_name_no_events(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts\nu,a,1\nu,b,2\n")
+    events = [
+        Told("u", "b", 2, "view"),
+        Told("u", "c", 3, "view"),
+        Told("u", "d", 4, "hide"),
+        Told("u", "e", 5),
+        Told("u", "f", 6, "impression"),
+    ]
+    data = loaded(tmp_path, {"path": "log.csv", "time": "ts", "event": {"default": "rating"}}, events)
+    log = data.interactions
+    assert rows(data) == [("u", i, t) for i, t in zip("abcde", (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)]
+    assert [log.event_names[e] for e in log.event] == ["rating", "rating", "view", "hide", "click"]
+    assert data.account.dropped["duplicate"] == 1, "the files hold b, though not as a view"
+    history = HistoryConfig()
+    served = row_reader(DataConfig.model_validate({"interactions": {"path": "log.csv"}}), history)
+    as_served = [served(NewEvent(e.user, e.item, e.event, int(1000 * e.time_s), None, "x"), 0).told for e in events[1:4]]
+    assert told(log, history)[2:].tolist() == as_served == [False, True, True]
 
 
 def test_declared_context_comes_from_the_events_context(tmp_path):
