@@ -35,22 +35,30 @@ def describe(config: Config, console: Console) -> list[dict[str, Any]]:
         )
     prepared, _ = prepare(config, console)
     rows = described(prepared)
-    table = Table(
-        *("feature", "kind", "key", "window", "of", "coverage", "p10", "median", "p90", "newest event", "keys", "bytes/key"),
-        title=f"{config.name}: aggregates at the newest {min(MOST_ROWS, len(prepared.log)):,} rows",
+    # Two tables, because one of all columns has no room for names on a terminal of 80.
+    declared = Table(
+        "feature", "kind", "key", "window", "of", title=f"{config.name}: aggregates", title_justify="left", header_style="bold"
+    )
+    title = f"values at the newest {min(MOST_ROWS, len(prepared.log)):,} rows"
+    found = Table(
+        *("feature", "coverage", "p10", "median", "p90", "newest", "keys", "bytes"),
+        title=title,
         title_justify="left",
         header_style="bold",
     )
+    for table in (declared, found):
+        table.columns[0].overflow = "fold"
     for r in rows:
+        declared.add_row(r["feature"], r["kind"], r["key"], r["window"], r["of"])
         spread = ["" if math.isnan(x) else f"{x:.4g}" for x in r["distribution"]]
         stale = "" if math.isnan(r["staleness_s"]) else _ago(r["staleness_s"])
-        table.add_row(
-            *(r["feature"], r["kind"], r["key"], r["window"], r["of"], f"{100 * r['coverage']:.1f} %", *spread, stale),
-            *("" if r["keys"] is None else f"{r['keys']:,}", "" if r["bytes"] is None else f"{r['bytes']:.0f}"),
-        )
-    console.print(table)
+        covered = "" if r["kind"] == "concat" else f"{100 * r['coverage']:.1f} %"
+        keys, size = "" if r["keys"] is None else f"{r['keys']:,}", "" if r["bytes"] is None else f"{r['bytes']:.0f}"
+        found.add_row(r["feature"], covered, *spread, stale, keys, size)
+    console.print(declared)
+    console.print(found)
     console.print(
-        "coverage: rows whose key had an event before; newest event: how long before, at the median; bytes: of all features of the key"
+        "coverage: rows whose key had an event before; newest: how long before its newest event was, at the median; bytes: of all features of the key"
     )
     return rows
 

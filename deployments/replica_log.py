@@ -11,6 +11,8 @@ import os
 import traceback
 from pathlib import Path
 
+from recsys.config_faults import redact
+
 SERVE_LOGGER = "ray.serve"
 PACKAGES = ("recsys", "cluster", "deployments")
 
@@ -19,9 +21,10 @@ class ToServe(logging.Handler):
     """Hands records to the handlers of Serve's logger, whatever its level; without any, to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Written here, because `logging` prints tracebacks, and Serve puts a `print` in place that breaks them up."""
+        """Written here, because `logging` prints tracebacks, and Serve puts a `print` in place that breaks them up. Passwords are masked."""
+        record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info and not record.exc_text:
-            record.exc_text = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+            record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))
         for handler in logging.getLogger(SERVE_LOGGER).handlers or [logging.StreamHandler()]:
             handler.handle(record)
 

@@ -51,8 +51,10 @@ def config(tmp_path_factory):
 
 def test_describe_says_what_each_aggregate_is_and_covers(config):
     said = io.StringIO()
-    rows = {r["feature"]: r for r in features_report.describe(config, Console(file=said, width=200))}
-    assert "user_n" in said.getvalue()
+    rows = {r["feature"]: r for r in features_report.describe(config, Console(file=said, width=80))}
+    text = said.getvalue()
+    cells = {cell.strip() for line in text.splitlines() for cell in line.split("│")}
+    assert set(AGGREGATES) | {a["kind"] for a in AGGREGATES.values()} <= cells, "nothing is cut on a terminal of 80"
     assert rows["user_n"]["window"] == "24h"
     assert rows["item_device"]["window"] == "decay 7d"
     assert rows["user_n"]["coverage"] == pytest.approx(0.9), "each of 20 users has 10 events, the first has none before it"

@@ -37,9 +37,11 @@ def test_choices_and_faults_are_written_with_whole_tracebacks(file: io.StringIO,
     monkeypatch.setattr(builtins, "print", breaking_up)
     logging.getLogger("recsys.recall.vector").info("faiss index=flat")
     try:
-        raise ValueError("of a stage")
+        raise ValueError("rediss://:hunter2@store:6379 is of a stage")
     except ValueError:
         logging.getLogger("deployments.ladder").exception("Stage fine_rank failed.")
     lines = file.getvalue().splitlines()
     assert lines[:3] == ["faiss index=flat", "Stage fine_rank failed.", "Traceback (most recent call last):"]
-    assert lines[-1] == "ValueError: of a stage"
+    assert lines[-1] == "ValueError: rediss://:***@store:6379 is of a stage"
+    logging.getLogger("cluster").warning("%s does not answer", "redis://me:hunter2@store:6379")
+    assert "hunter2" not in file.getvalue()
