@@ -21,7 +21,7 @@ from recsys.config_manual import template
 from recsys.core import FrozenConfig
 from recsys.data.columns import FROM_TIME, ColumnConfig
 from recsys.data.negatives import NegativesConfig
-from recsys.data.sources import DataConfig, InteractionsConfig, LabelConfig, TableConfig
+from recsys.data.sources import AGAINST, DataConfig, InteractionsConfig, LabelConfig, TableConfig
 from recsys.data.sources import HistoryConfig as DataHistoryConfig
 from recsys.data.split import SplitConfig
 from recsys.errors import ConfigError
@@ -115,9 +115,9 @@ class RecallConfig(FrozenConfig):
     """How the channels' lists become one."""
     exclude_seen: bool = True
     """Never recommend what the user has in the log already."""
-    not_interested: tuple[str, ...] = ("dislike", "hide", "not_interested")
+    not_interested: tuple[str, ...] = AGAINST
     """Live events that speak against an item: it is not shown to that user again, triggers nothing, and what is like it stands lower
-    (see rules.unwanted)."""
+    (see rules.unwanted). Those three are never learnt from as positives; of another name, a label of data.labels has to say so."""
 
     @field_validator("channels", mode="before")
     @classmethod

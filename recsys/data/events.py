@@ -24,7 +24,7 @@ from recsys.data.columns import FROM_TIME
 from recsys.data.interactions import POSITIVE, Interactions, group
 from recsys.data.log import Events, clean, read_log
 from recsys.data.paths import resolver
-from recsys.data.sources import IMPRESSION, DataConfig, InteractionsConfig
+from recsys.data.sources import IMPRESSION, DataConfig, InteractionsConfig, is_positive
 from recsys.data.tables import Table, past_rows, read_history, read_table
 from recsys.errors import DataError
 
@@ -112,12 +112,11 @@ def _vocabulary(log: Coded, table: Table | None, past: Coded | None) -> _Rows:
 
 
 def _labels(log: pa.Table, config: DataConfig, events: Events) -> dict[str, np.ndarray]:
-    """Declared labels, and `positive`: the first of them, or every row but impressions."""
+    """Declared labels, and `positive`: the first of them, or every row that `is_positive` lets be one."""
     labels = {name: cleaning.label(log[rule.column], rule, key=f"labels.{name}") for name, rule in config.labels.items()}
     first = next(iter(labels.values()), None)
     if first is None:
-        shown = np.array([name == IMPRESSION for name in events.event_names])[events.event]
-        first = (~shown).astype(np.float32)
+        first = np.array([is_positive(name) for name in events.event_names], np.float32)[events.event]
     return {**labels, POSITIVE: first}
 
 

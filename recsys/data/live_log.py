@@ -1,7 +1,7 @@
 """Events that came in live, as rows of the configured log: the same columns, so that everything after is one road.
 
 The rules are those by which the streaming road reads an event (`recsys.features.live_rows`): the first label is of the event's
-value where it reads that column, else it is whatever is no impression; every other label is the event type of its name. What a
+value where it reads that column, else it is what `sources.is_positive` says of its type; every other label is the event type of its name. What a
 column of the log cannot know of a live event is missing.
 """
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from recsys.data import event_files
 from recsys.data.columns import FROM_TIME
 from recsys.data.interactions import Interactions
-from recsys.data.sources import IMPRESSION, DataConfig, LogColumns
+from recsys.data.sources import IMPRESSION, DataConfig, LogColumns, is_positive
 from recsys.errors import DataError
 
 TYPE = "type of a live event"
@@ -74,7 +74,7 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
         out.setdefault(name, pa.array([_text(c.get(name)) for c in contexts], pa.string()))
     for number, (name, rule) in enumerate(config.labels.items()):
         if rule.column not in out:
-            said = np.array([(e != IMPRESSION) if number == 0 else (e == name) for e in names], bool)
+            said = np.array([is_positive(e) if number == 0 else (e == name) for e in names], bool)
             yes = rule.equals if rule.equals is not None else 1 if rule.at_least is None else rule.at_least
             out[rule.column] = pa.array([yes if s else None for s in said])
     cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}

@@ -20,6 +20,13 @@ Scalar = str | int | float | bool
 
 IMPRESSION = "impression"
 """The event that is an exposure and never a positive."""
+AGAINST = ("dislike", "hide", "not_interested")
+"""Events that speak against an item: never positives either."""
+
+
+def is_positive(event: str) -> bool:
+    """Whether an event of this type is a positive where no label says what is one."""
+    return event != IMPRESSION and event not in AGAINST
 
 
 class EventConfig(FrozenConfig):
@@ -195,8 +202,8 @@ class DataConfig(FrozenConfig):
     interactions: InteractionsConfig
     """The log of events."""
     labels: dict[str, LabelConfig] = Field(default_factory=dict)
-    """What rankers learn: name -> column and test. The first one says what counts as a positive; with none, every row but
-    impressions does."""
+    """What rankers learn: name -> column and test. The first one says what counts as a positive; with none, every row
+    does but impressions and what speaks against an item (dislike, hide, not_interested)."""
     impressions: bool = False
     """Whether the log holds what was shown: rows without a positive label are then exposed negatives."""
     items: TableConfig | None = None

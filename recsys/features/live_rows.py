@@ -2,7 +2,7 @@
 
 The rules are those that a file of events is read by. An event may be an exposure (a rate's trial): in a log of impressions only
 an `impression` is, and a click is the hit of one; in any other log every event is a trial of its own. It is a positive by the
-first label's test where that label is of the event's value, else where it is no impression. Every other label is the event
+first label's test where that label is of the event's value, else what `sources.is_positive` says of its type. Every other label is the event
 type of that name.
 """
 
@@ -11,12 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from recsys.data.sources import DataConfig, LabelConfig
+from recsys.data.sources import IMPRESSION, DataConfig, LabelConfig, is_positive
 from recsys.features.declaration import HistoryConfig
 from recsys.features.groups import Row
 from recsys.features.store import NewEvent
-
-IMPRESSION = "impression"
 
 
 def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, int], Row]:
@@ -28,7 +26,7 @@ def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, 
 
     def read(event: NewEvent, position: int) -> Row:
         value = math.nan if event.value is None else event.value
-        positive = event.event != IMPRESSION
+        positive = is_positive(event.event)
         if positive and rule is not None and not math.isnan(value):
             positive = passes(rule, value)
         labels = {"positive": float(positive)}

@@ -46,6 +46,7 @@ def test_an_event_of_the_request_makes_its_item_a_positive_and_nothing_else_does
         ("u", "b", "buy", 1_600, "r1", "2"),  # the first event names the row
         ("u", "b", "click", 1_500, "r1", "1"),  # the same one told again
         ("u", "a", "view", 1_500, "r1", "3"),  # no positive
+        ("u", "a", "not_interested", 1_500, "r1", "7"),  # the contrary of one
         ("u", "c", "click", 1_500, None, "4"),  # of no request
         ("w", "c", "click", 1_500, "r1", "5"),  # not that user's page
         ("w", "a", "click", 2_000 + 3_600_001, "r2", "6"),  # too late

@@ -65,7 +65,10 @@ def test_impressions_are_negatives_where_the_log_has_them_and_no_events_elsewher
             "labels": {"click": {"column": "is_click"}},
         }
     )
+    archive(tmp_path / "events", [Told("u", "d", 4, "not_interested")], partitions=3)
     both = load(config, tmp_path, now=2e9).interactions
+    assert both.positive.tolist()[3:] == [False], "no click of what was refused"
+    both = both.where(np.arange(len(both)) < 3)
     assert both.positive.tolist() == [True, False, True]
     assert [both.event_names[e] for e in both.event] == ["click", "impression", "click"]
 
@@ -84,9 +87,12 @@ def test_what_a_live_event_is_stays_known_where_the_files_name_no_events(tmp_pat
     assert rows(data) == [("u", i, t) for i, t in zip("abcde", (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)]
     assert [log.event_names[e] for e in log.event] == ["rating", "rating", "view", "hide", "click"]
     assert data.account.dropped["duplicate"] == 1, "the files hold b, though not as a view"
+    assert log.positive.tolist() == [True, True, True, False, True], "hide speaks against d"
     history = HistoryConfig()
     served = row_reader(DataConfig.model_validate({"interactions": {"path": "log.csv"}}), history)
     as_served = [served(NewEvent(e.user, e.item, e.event, int(1000 * e.time_s), None, "x"), 0).told for e in events[1:4]]
+    positive = [served(NewEvent(e.user, e.item, e.event, int(1000 * e.time_s), None, "x"), 0).labels["positive"] for e in events[1:4]]
+    assert log.labels["positive"][2:].tolist() == positive == [1.0, 0.0, 1.0]
     assert told(log, history)[2:].tolist() == as_served == [False, True, True]
 
 
