@@ -271,7 +271,9 @@ def fault(error: ValidationError) -> RequestError:
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if kind == "missing":
-        return RequestError("missing_field", f"'{where}' is required.", field=where)
+        wrapped = isinstance(first["input"], dict) and [v for v in first["input"].values() if isinstance(v, list)]
+        hint = " Several go as a plain list: [{...}, {...}]." if wrapped and len(first["input"]) == 1 else ""
+        return RequestError("missing_field", f"'{where}' is required.{hint}", field=where)
     if kind == "extra_forbidden":
         return RequestError("unknown_field", f"'{where}' is not a field of this request. See /docs for those that are.", field=where)
     code = (

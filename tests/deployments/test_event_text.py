@@ -102,3 +102,10 @@ def test_a_row_that_is_nothing_but_nesting_is_rejected_too():
     with pytest.raises(RequestError, match="A list is nested more than 32 deep"):
         event_of(deep, LIMITS, time.time())
     assert event_of(good, LIMITS, time.time()).user_id == "用"
+
+
+def test_who_wraps_a_list_is_told_that_it_goes_plain():
+    with pytest.raises(RequestError, match=r"^'user_id' is required\. Several go as a plain list: \[\{\.\.\.\}, \{\.\.\.\}\]\.$"):
+        event_of({"events": [events_in(GOOD)]}, LIMITS, 1_700_000_000.0)
+    with pytest.raises(RequestError, match=r"^'user_id' is required\.$"):
+        event_of({"item_id": "a", "event": "click"}, LIMITS, 1_700_000_000.0)
