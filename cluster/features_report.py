@@ -15,8 +15,9 @@ from rich.table import Table
 
 from cluster.steps import prepare
 from recsys.config import Config
+from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError
-from recsys.features.aggregates import AggregateConfig
+from recsys.features.aggregates import AggregateConfig, Aggregates
 from recsys.features.asof import AsOf
 from recsys.features.groups import compiled
 from recsys.features.inputs import AggregateInputs
@@ -60,7 +61,23 @@ def describe(config: Config, console: Console) -> list[dict[str, Any]]:
     console.print(
         "coverage: rows whose key had an event before; newest: how long before its newest event was, at the median; bytes: of all features of the key"
     )
+    for sentence in unheard(config.features.aggregates, prepared.log):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     return rows
+
+
+def unheard(aggregates: Aggregates, log: Interactions) -> list[str]:
+    """A sentence for each aggregate that counts what the log does not hold: mostly a misspelt name, else something that only comes live."""
+    found = []
+    for name, a in aggregates.items():
+        asked = set(a.events or ()) - set(log.event_names)
+        if a.kind == "rate" and a.reads not in log.labels:
+            asked |= {a.reads} - set(log.event_names)
+        if asked:
+            names = ", ".join(f"'{n}'" for n in sorted(asked))
+            known = f"its events: {', '.join(sorted(log.event_names))}; its labels: {', '.join(sorted(log.labels))}"
+            found.append(f"{name} asks for {names}, of which the log holds nothing ({known}). Misspelt, or only known live?")
+    return found
 
 
 def described(prepared: Prepared) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ class Gateway:
         follower.start()
         self._rollout = Rollout(
             open_registry(config.place("registry")),
-            follower.loading(loader(*here), config.rules),
+            follower.loading(loader(*here), config.rules, config.rerank),
             poll_s=config.serve.registry_poll_s,
             ready=self._why_not if handles else None,
         )

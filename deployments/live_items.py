@@ -20,6 +20,7 @@ from deployments.rollout import Load
 from recsys.errors import RayfunnelError, StoreError
 from recsys.features.live_items import ItemLog, ItemRecord
 from recsys.funnel import Funnel
+from recsys.rerank.diversity import MMRConfig
 from recsys.rerank.rules import RulesConfig
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ class ItemsFollower:
         self._seldom = Seldom()
         self._thread: threading.Thread | None = None
 
-    def loading(self, load: Load, rules: RulesConfig | None = None) -> Load:
-        """`load`, and the version it gives is up to date and stays so. It answers by these rules, not by those it was trained with."""
+    def loading(self, load: Load, rules: RulesConfig | None = None, rerank: MMRConfig | None = None) -> Load:
+        """`load`, and the version it gives is up to date and stays so. It answers by these rules, not by those it was trained with; where
+        `rerank` is not what it was published with, that is said."""
 
         def follow(folder: Path) -> Funnel:
             funnel = load(folder)
@@ -53,6 +55,12 @@ class ItemsFollower:
                     log.warning(
                         "rules.blocks: version %s has no column '%s', so nothing is blocked by it. Retrain.", funnel.version, column
                     )
+            if rerank is not None and rerank != funnel.config.rerank:
+                log.warning(
+                    "rerank: the configuration differs from what version %s was published with, and that stays in force. "
+                    "`rayfunnel train` publishes it with yours; nothing is fitted anew for it.",
+                    funnel.version,
+                )
             with self._lock:
                 funnel.follow(list(self._held.values()))
                 self._funnels.add(funnel)

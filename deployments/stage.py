@@ -49,7 +49,7 @@ class Stage(ABC):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
         self._items = follower = ItemsFollower(RedisItemLog(url_of(config), config.store), poll_s=config.serve.items_poll_s)
         follower.start()
-        load = follower.loading(loader(*self.loads), config.rules)
+        load = follower.loading(loader(*self.loads), config.rules, config.rerank)
         self.rollout = Rollout(open_registry(config.place("registry")), load, poll_s=config.serve.registry_poll_s)
         self.rollout.start()
 

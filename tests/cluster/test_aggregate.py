@@ -13,6 +13,7 @@ from rich.console import Console
 from cluster import aggregate, aggregate_parts, features_report
 from recsys.errors import ConfigError
 from recsys.examples import impression_examples
+from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import Asked
 from recsys.prepared import prepare
 from tests.small import config_of, write_data
@@ -62,6 +63,15 @@ def test_describe_says_what_each_aggregate_is_and_covers(config):
     assert rows["user_n"]["keys"] == 20
     assert 0 < rows["user_n"]["bytes"] < 300
     assert rows["user_n"]["distribution"][1] == pytest.approx(4.5)
+
+
+def test_describe_names_what_no_row_of_the_log_can_be(config):
+    asked = {"n": {"kind": "count", "key": "user", "events": ["clik", "click"]}, "r": {"kind": "rate", "key": "item", "of": "bought"}}
+    good = {"ok": {"kind": "rate", "key": "item", "of": "click", "events": ["click"]}, "ctr": {"kind": "rate", "key": "item"}}
+    declared = {name: AggregateConfig.model_validate(a) for name, a in (asked | good).items()}
+    told = features_report.unheard(declared, prepare(config).log)
+    assert [sentence.split(",")[0] for sentence in told] == ["n asks for 'clik'", "r asks for 'bought'"]
+    assert told[0].endswith("(its events: click; its labels: positive). Misspelt, or only known live?")
 
 
 def test_describe_without_aggregates_says_how_to_declare_one(tmp_path):

@@ -239,6 +239,15 @@ def test_rules_are_those_of_the_configuration_that_serves(small: Small) -> None:
     assert all(int(item.item_id[1:]) % 2 for item in funnel.page(queries, funnel.recommend(queries))[0]), "even ones are red"
 
 
+def test_caps_that_the_version_was_not_published_with_are_not_ignored_in_silence(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    follower, published = ItemsFollower(MemoryItemLog(), poll_s=3600), small.config.rerank
+    follower.loading(Funnel.load, small.config.rules, published)(small.folder)
+    assert "rerank" not in caplog.text
+    follower.loading(Funnel.load, small.config.rules, published.model_copy(update={"pool": published.pool + 1}))(small.folder)
+    assert f"differs from what version {small.version} was published with, and that stays in force" in caplog.text
+    assert "`rayfunnel train` publishes it with yours" in caplog.text
+
+
 def test_a_block_on_a_column_that_a_version_lacks_leaves_its_pages_and_says_so_once(small: Small, caplog: pytest.LogCaptureFixture) -> None:
     """Rules are younger than the version that serves: the column was declared yesterday, the version was trained last week."""
     rules = RulesConfig(blocks=(MatchConfig(column="brand", values=("acme",)),))
