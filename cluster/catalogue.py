@@ -101,19 +101,23 @@ def rows_of(config: Config, side: Side, path: Path, *, ids_alone: bool = False) 
 def _records(path: Path, table: TableConfig, side: Side, key: str, sources: Mapping[str, str]) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         check_present(path, side)
-        try:
-            found = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        except ValueError as fault:
-            raise DataError(f"'{path}' is not JSON, one object a line ({fault}).") from fault
-        if any(not isinstance(row, dict) or key not in row for row in found):
-            raise DataError(f"'{path}': every line must be an object with '{key}'.")
-        return found
+        return [_object(path, n, line, key) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
     needs = {key: Need(f"{side}.id", text=True)}
     needs |= {source: Need(f"{side}.columns.{name}", text=True, optional=True) for name, source in sources.items()}
     needs.setdefault(table.title or "title", Need(f"{side}.title", text=True, optional=True))
     raw = read(path, table.model_copy(update={"format": "auto"}), side, needs)
     rows: list[dict[str, Any]] = raw.table.to_pylist()
     return rows
+
+
+def _object(path: Path, n: int, line: str, key: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as fault:
+        raise DataError(f"'{path}': line {n} is not JSON ({fault}). Expected one object a line; nothing was changed.") from fault
+    if not isinstance(row, dict) or key not in row:
+        raise DataError(f"'{path}': line {n} is {line.strip()[:60]}, expected an object with '{key}'. Nothing was changed.")
+    return row
 
 
 def _value(cell: Any) -> Any:

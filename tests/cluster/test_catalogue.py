@@ -78,4 +78,7 @@ def test_profiles_of_a_file_are_kept_and_forgotten(folder: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     assert "there is no file" in run(folder, "items", "upsert", str(folder / "none.csv")).output
     (folder / "odd.jsonl").write_text('{"name": "x"}\n')
-    assert "every line must be an object with 'sku'" in run(folder, "items", "upsert", str(folder / "odd.jsonl")).output
+    told = run(folder, "items", "upsert", str(folder / "odd.jsonl")).output
+    assert """line 1 is {"name": "x"}, expected an object with 'sku'. Nothing was changed.""" in told
+    (folder / "odd.jsonl").write_text('{"sku": "x"}\n\n{"sku": y}\n')
+    assert "line 3 is not JSON (Expecting value: line 1 column 9" in run(folder, "items", "upsert", str(folder / "odd.jsonl")).output
