@@ -72,12 +72,12 @@ def _put_pending(out: bytearray, state: GroupState) -> None:
 
 
 def _whole_ms(times: tuple[float, ...]) -> list[int]:
-    """Times in milliseconds, or nothing where that is not all of each."""
+    """Times in milliseconds, or nothing where that is not all of each, or more apart than a column holds."""
     try:
         ms = [round(time * 1000) for time in times]
     except (OverflowError, ValueError):  # infinite, or none
         return []
-    return ms if tuple([at / 1000 for at in ms]) == times else []
+    return ms if tuple([at / 1000 for at in ms]) == times and max(ms) - min(ms) <= _MOST[-1] else []
 
 
 def _put_column(out: bytearray, numbers: list[int]) -> None:

@@ -48,6 +48,14 @@ def test_what_is_packed_is_read_back_exactly(told):
     assert unpack(GROUP, pack(GROUP, state)) == state
 
 
+@pytest.mark.parametrize("time", [NOW + 1e-7, 2.0**54, 2.0**64, -1e300])
+def test_times_that_are_no_milliseconds_or_far_apart_are_read_back_too(time):
+    state = GroupState(
+        max(NOW, time), tuple(sorted((Event(NOW, 0, SAID[0]), Event(time, 1, SAID[1])), key=lambda e: e.time)), GROUP.init().settled
+    )
+    assert unpack(GROUP, pack(GROUP, state)) == state
+
+
 def test_a_young_event_takes_a_tenth_of_its_plain_size():
     """100 events of a minute, five things said: 4 or 5 bytes each (time 2 or 4, position 2, what 1) where plain ones take 30."""
     said = [((1.0,), (1.0, 0.0), None, f"tab{n}") for n in range(5)]
