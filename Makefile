@@ -38,7 +38,8 @@ test: dev ## the gate: format, lint, types, every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray" -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -m ray
 
 .venv-peers/.installed: requirements/peers.txt
 	$(PYTHON) -m venv .venv-peers

@@ -39,6 +39,8 @@ ENVIRONMENT = serving_environment(ServeConfig(port=HTTP_PORT)) | {
 }
 os.environ.update(ENVIRONMENT)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Tables are as wide as the first test that looks makes them: the same whichever it is.
+os.environ["COLUMNS"] = "200"
 
 
 # The gate says the same of the same commit every time. To look further: HYPOTHESIS_PROFILE=explore.
