@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+
+from cluster.redis_round import run_script
 
 
 class Entry(NamedTuple):
@@ -19,6 +19,11 @@ class Entry(NamedTuple):
     position: str
     record: bytes
     told_ms: int
+
+
+def place(position: str) -> tuple[int, ...]:
+    """What positions are ordered by; "" is the beginning."""
+    return tuple(map(int, position.split("-"))) if position else ()
 
 
 class EventLog(Protocol):
@@ -43,13 +48,39 @@ class EventLog(Protocol):
         """Forget entries up to a position, itself included, but none younger than `keep_from_ms`."""
         ...
 
+    async def holds(self, partition: int, after: str, upto: str, n: int) -> bool:
+        """Whether it has the `n` entries behind a position up to another one: not where its server lost some and went on without them."""
+        ...
+
     async def go_on(self, partition: int, position: str, n: int) -> None:
-        """A log that was lost and begins anew: number what comes from `n` on, behind `position`."""
+        """A log that lost entries up to `position`: what stands behind it, and what comes, is numbered from `n` on."""
         ...
 
     async def close(self) -> None:
         """Release connections."""
         ...
+
+
+_PAGE = 10_000
+GO_ON = """
+-- KEYS: log. ARGV: position, n. Entries behind the position count from n on, and none gets a position before it.
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('XGROUP', 'CREATE', KEYS[1], 'making', '$', 'MKSTREAM')
+  redis.call('XGROUP', 'DESTROY', KEYS[1], 'making')
+end
+local last, told = ARGV[1], redis.call('XINFO', 'STREAM', KEYS[1])
+for i = 1, #told, 2 do
+  if told[i] == 'last-generated-id' then
+    local ms, seq = string.match(told[i + 1], '(%d+)-(%d+)')
+    local at_ms, at_seq = string.match(last, '(%d+)-(%d+)')
+    ms, seq, at_ms, at_seq = tonumber(ms), tonumber(seq), tonumber(at_ms), tonumber(at_seq)
+    if ms > at_ms or ms == at_ms and seq > at_seq then last = told[i + 1] end
+  end
+end
+local behind = #redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+')
+redis.call('XSETID', KEYS[1], last, 'ENTRIESADDED', ARGV[2] + behind, 'MAXDELETEDID', '0-0')
+return behind
+"""
 
 
 class RedisLog:
@@ -91,6 +122,9 @@ class RedisLog:
             for p in range(partitions):
                 pipe.xinfo_stream(self._key(p))
             found = await pipe.execute(raise_on_error=False)
+        for info in found:  # a stream that is not there is empty; of a server that cannot say, nothing must be concluded
+            if isinstance(info, Exception) and "no such key" not in str(info):
+                raise info
         return [(0, 0) if isinstance(info, Exception) else (int(info["entries-added"]), int(info["length"])) for info in found]
 
     async def trim(self, partition: int, position: str, keep_from_ms: int) -> None:
@@ -100,15 +134,18 @@ class RedisLog:
             self._key(partition), minid=f"{ms}-{seq + 1}" if ms < keep_from_ms else f"{keep_from_ms}-0", approximate=False
         )
 
+    async def holds(self, partition: int, after: str, upto: str, n: int) -> bool:
+        """See EventLog: they are counted."""
+        found = 0
+        while page := await self._redis.xrange(self._key(partition), f"({after or '0-0'}", upto, count=_PAGE):
+            found, after = found + len(page), page[-1][0].decode()
+        return found >= n
+
     async def go_on(self, partition: int, position: str, n: int) -> None:
-        """See EventLog: the stream is made where there is none, and what it holds counts as entries behind `n`."""
-        key = self._key(partition)
-        with contextlib.suppress(ResponseError):  # BUSYGROUP: left by one that was killed here
-            await self._redis.xgroup_create(key, "making", "$", mkstream=True)
-        await self._redis.xgroup_destroy(key, "making")
-        last = (await self._redis.xinfo_stream(key))["last-generated-id"].decode()
-        newest = max((last, position), key=lambda at: tuple(map(int, at.split("-"))))
-        await self._redis.execute_command("XSETID", key, newest, "ENTRIESADDED", n + await self._redis.xlen(key), "MAXDELETEDID", "0-0")
+        """See EventLog; the stream is made where there is none."""
+        (said,) = await run_script(self._redis, GO_ON, [(1, self._key(partition), position, n)])
+        if isinstance(said, Exception):
+            raise said
 
     async def close(self) -> None:
         """The connection is the caller's."""

@@ -29,8 +29,9 @@ from cluster.ingest_items import ItemHop
 from cluster.ingest_status import memory
 from cluster.ingest_users import UserHop
 from cluster.owned import Holding, Owned
-from cluster.partition import Claim, FencedError, PartitionStore, Step
-from cluster.redis_store import connected
+from cluster.partition import Claim, FencedError, PartitionStore
+from cluster.redis_round import Kept
+from cluster.redis_store import connected, redacted
 from recsys.config import Config
 from recsys.errors import RayfunnelError
 from recsys.features.counting import Counting
@@ -69,6 +70,7 @@ class Ingest:
             ttl_s=math.ceil(store.user_ttl_h * 3600),
             mark_ttl_s=math.ceil(store.duplicate_ttl_h * 3600),
             dead_letters=settings.dead_letters,
+            kept=Kept(redacted(url), store.append_timeout_ms / 1000, replicas=store.replicas_acked),
         )
         self.held = Holding(config, partitions, counting, repeats=self._logs[0].repeats)
         past = CatchUp(self.held, self._logs[3])
@@ -243,24 +245,21 @@ class Ingest:
         manifest = await asyncio.to_thread(archive.take, claim.epoch)
         if not claim.at:
             claim = claim._replace(n=(await self._logs[2].firsts(self.held.partitions))[partition])
-        if manifest.n > claim.n:
-            claim = await self._behind_parquet(partition, claim, archive)
-        self.held.owned[partition] = Owned(claim, archive)
+        lost = manifest.n > claim.n and await self._behind_parquet(partition, claim, archive)
+        self.held.owned[partition] = Owned(claim, archive, lost=(manifest.at, manifest.n) if lost else None)
         log.info("ingest partition=%d epoch=%d from entry %d", partition, claim.epoch, claim.n)
 
-    async def _behind_parquet(self, partition: int, claim: Claim, archive: Archive) -> Claim:
+    async def _behind_parquet(self, partition: int, claim: Claim, archive: Archive) -> bool:
         """More is in Parquet than the store has counted. Where the log still has it, it is counted again (a store that lost its
-        last second); where the log has less than Parquet it is another log, and goes on behind it."""
+        last second); where the log lacks what is in Parquet (it was emptied, or a replica without its end took over), it goes on
+        behind Parquet. Whether that is so."""
         manifest, reader = archive.manifest, self._logs[2]
-        if (await reader.totals(self.held.partitions))[partition] >= manifest.n:
+        if await reader.holds(partition, claim.at, manifest.at, manifest.n - claim.n):
             log.warning("ingest partition=%d counts entries %d to %d again: the store has lost them", partition, claim.n, manifest.n)
-            return claim
+            return False
         log.warning("ingest partition=%d: the log was lost; it goes on behind entry %d, the last in Parquet", partition, manifest.n)
         await reader.go_on(partition, manifest.at, manifest.n)
-        (answer,) = await self.held.store.apply([Step(partition, claim, manifest.at, manifest.n, 0, ())])
-        if isinstance(answer, Exception):
-            raise answer
-        return claim._replace(at=manifest.at, n=manifest.n)
+        return True
 
     async def give_free(self) -> None:
         """Leave the partitions to whoever wants them."""

@@ -73,7 +73,7 @@ class Archiving:
     async def _trim(self, partition: int, owned: Owned) -> None:
         """Only what is in Parquet, counted by every item side that reads this log, and older than `keep_h`."""
         held, manifest = self._held, owned.archive.manifest
-        heads = await held.store.heads(range(held.partitions))
+        heads = await held.store.heads(range(held.partitions), kept=True)
         if manifest.n and all(head.counted.get(partition, 0) >= manifest.n for head in heads):
             keep_from_ms = int(1000 * (time.time() - 3600 * held.config.ingest.keep_h))
             await self._log.trim(partition, manifest.at, keep_from_ms)

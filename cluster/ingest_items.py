@@ -49,8 +49,9 @@ class ItemHop:
         before = {p: {s: placed(owned.sources.get(s, f" {owned.firsts[s]}")) for s in range(held.partitions)} for p, owned in mine.items()}
         starts = {s: min((before[p][s] for p in mine), key=lambda at: at[1]) for s in range(held.partitions)}
         pages = await self._log.read({s: at for s, (at, _) in starts.items()}, held.config.ingest.batch)
-        if held.repeats:  # only the first hop tells which of two equal entries counts
-            applied = {h.partition: h.n for h in await held.store.heads(range(held.partitions))}
+        if pages and (held.repeats or held.store.replicated):
+            # Only the first hop tells which of two equal entries counts; and a failover may take back an entry that it has not applied.
+            applied = {h.partition: h.n for h in await held.store.heads(list(pages), kept=True)}
             pages = {s: entries[: max(0, applied[s] - starts[s][1])] for s, entries in pages.items()}
         batches = {s: await held.batch(s, starts[s][1], entries) for s, entries in pages.items() if entries}
         if held.counting is not counting:  # another declaration came in force meanwhile: these are states of the old one

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cluster.catch_up import CatchUp
-from cluster.event_log import EventLog
+from cluster.event_log import Entry, EventLog, place
 from cluster.owned import Batch, Holding, Known, Owned, Taken, uncounted
-from cluster.partition import Step, UserChange
+from cluster.partition import Claim, Step, UserChange
 from recsys.features.counting import Counting, Name
 from recsys.features.reading import Touched
 from recsys.features.records import counted_field
@@ -31,7 +31,8 @@ class UserHop:
                 behind.caught_up = held.counting is counting
         claims = {p: owned.claim for p, owned in held.owned.items() if owned.caught_up}
         pages = await self._log.read({p: c.at for p, c in claims.items()}, held.config.ingest.batch, wait_ms=wait_ms)
-        batches = {p: await held.batch(p, claims[p].n, entries) for p, entries in pages.items() if entries and self._same(p, claims[p])}
+        left = {p: entries for p, entries in self._left(pages, claims).items() if self._same(p, claims[p])}
+        batches = {p: await held.batch(p, claims[p].n, entries) for p, entries in left.items() if entries}
         by_user: dict[tuple[int, str], list[Taken]] = {}
         for p, batch in batches.items():
             for taken in batch.taken:
@@ -53,16 +54,29 @@ class UserHop:
             last = batch.entries[-1].position
             rows = len(batch.taken) - buried
             steps.append(Step(p, claims[p], last, claims[p].n + len(batch.entries), rows, users[p], batch.dead, batch.marks))
+        skipped = {p: lost for p, entries in left.items() if not entries and (lost := held.owned[p].lost) is not None}
+        steps += [Step(p, claims[p], at, n, 0, ()) for p, (at, n) in skipped.items()]
         out: dict[int, Exception | int] = {}
         for step, answer in zip(steps, await held.store.apply(steps) if steps else [], strict=True):
-            out[step.partition] = answer if isinstance(answer, Exception) else len(batches[step.partition].entries)
+            out[step.partition] = answer if isinstance(answer, Exception) else step.n - step.claim.n
             owned = held.owned.get(step.partition)
             if isinstance(answer, Exception) or owned is None or owned.claim is not step.claim:
                 continue
             owned.claim = step.claim._replace(at=step.at, n=step.n)
+            if step.partition in skipped:
+                owned.lost = None
             if answer:
                 await self._restore(counting, owned, step, [step.users[i].user_id for i in answer])
         self._bound()
+        return out
+
+    def _left(self, pages: Mapping[int, Sequence[Entry]], claims: Mapping[int, Claim]) -> dict[int, Sequence[Entry]]:
+        """Pages without what stands behind entries that the log lost, until the partition has gone on behind those."""
+        out = dict(pages)
+        for p in claims:
+            if (owned := self._held.owned.get(p)) is not None and owned.lost is not None:
+                end = place(owned.lost[0])
+                out[p] = [entry for entry in pages.get(p, ()) if place(entry.position) <= end]
         return out
 
     def _same(self, partition: int, claim: object) -> bool:

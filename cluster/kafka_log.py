@@ -148,6 +148,10 @@ class KafkaLog:
     async def trim(self, partition: int, position: str, keep_from_ms: int) -> None:
         """The topic's own retention forgets; nothing to do."""
 
+    async def holds(self, partition: int, after: str, upto: str, n: int) -> bool:  # noqa: ARG002
+        """See EventLog: where its end is not before the last of them."""
+        return (await self.totals(partition + 1))[partition] > int(upto)
+
     async def go_on(self, partition: int, position: str, n: int) -> None:  # noqa: ARG002
         """A topic made anew counts from its own beginning: it cannot be numbered."""
         raise StoreError(

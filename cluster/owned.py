@@ -39,6 +39,8 @@ class Owned:
 
     claim: Claim
     archive: Archive
+    lost: tuple[str, int] | None = None
+    """Where Parquet ends, of a log that lost entries before that: behind what is left of them the partition goes on from there."""
     users: OrderedDict[str, Known] = field(default_factory=OrderedDict)
     caught_up: bool = False
     """Whether users' counters are up to date in every declaration in force."""

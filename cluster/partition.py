@@ -18,13 +18,13 @@ memory (`allow-oom`, Redis 7 or Valkey): only they can make room, by bringing th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from redis import exceptions as faults
 from redis.asyncio import Redis
 
+from cluster.redis_round import IN_MEMORY, Kept, run, run_script
 from recsys.errors import RayfunnelError, StoreError
 
 CLAIM = """#!lua flags=allow-oom
@@ -115,8 +115,10 @@ if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return redis.error_reply
 redis.call('HSET', KEYS[1], 'counts', ARGV[2])
 return 1
 """
-_SCRIPTS = {name: (text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()) for name, text in
-            (("claim", CLAIM), ("renew", RENEW), ("apply", APPLY), ("count", COUNT), ("publish", PUBLISH), ("declare", DECLARE))}  # fmt: skip
+SEEN = """#!lua flags=allow-oom
+-- KEYS: owned. Writes something, so that waiting for replicas waits for all that this node did before.
+return redis.call('HINCRBY', KEYS[1], 'seen', 1)
+"""
 
 
 class FencedError(RayfunnelError):
@@ -189,10 +191,10 @@ class Head(NamedTuple):
 
 
 class PartitionStore:
-    """The scripts above on one server. Faults of the connection are the client's own."""
+    """The scripts above on one server, whose changes are `kept` before they count. Faults of the connection are the client's own."""
 
-    def __init__(self, redis: Redis, prefix: str, *, ttl_s: int, mark_ttl_s: int, dead_letters: int) -> None:
-        self._redis, self._prefix = redis, prefix
+    def __init__(self, redis: Redis, prefix: str, *, ttl_s: int, mark_ttl_s: int, dead_letters: int, kept: Kept = IN_MEMORY) -> None:
+        self._redis, self._prefix, self._kept = redis, prefix, kept
         self._ttl_s, self._mark_ttl_s, self._dead_letters = ttl_s, mark_ttl_s, dead_letters
 
     def key(self, partition: int, part: str) -> bytes:
@@ -205,40 +207,29 @@ class PartitionStore:
         moment: float = seconds + micros / 1e6
         return moment
 
-    async def load(self) -> None:
-        """Tell the server the scripts; needed again after it was started anew."""
-        for text, _ in _SCRIPTS.values():
-            await self._redis.script_load(text)
-
-    async def _run(self, name: str, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
-        """One round: the answer or the fault of each call. A script that the server does not know is told to it, and run."""
-        digest = _SCRIPTS[name][1]
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for keys, arguments in calls:
-                pipe.evalsha(digest, len(keys), *keys, *arguments)
-            answers = list(await pipe.execute(raise_on_error=False))
-        unknown = [i for i, answer in enumerate(answers) if isinstance(answer, faults.NoScriptError)]
-        if unknown:
-            await self.load()
-            for i, answer in zip(unknown, await self._run(name, [calls[i] for i in unknown]), strict=True):
-                answers[i] = answer
+    async def _run(self, script: str, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
+        """One round: the answer or the fault of each call."""
+        answers = await run_script(self._redis, script, [(len(keys), *keys, *arguments) for keys, arguments in calls], self._kept)
         return [_fenced(a) if isinstance(a, Exception) else a for a in answers]
 
-    async def _one(self, name: str, keys: list[Any], arguments: list[Any]) -> Any:
-        (answer,) = await self._run(name, [(keys, arguments)])
+    async def _one(self, script: str, keys: list[Any], arguments: list[Any]) -> Any:
+        (answer,) = await self._run(script, [(keys, arguments)])
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     async def claim(self, partition: int, owner: str, lease_s: float) -> Claim | None:
         """Take a partition that nobody has, whose owner is silent, or that is ours; None where somebody else has it."""
-        epoch, *rest = await self._one("claim", [self.key(partition, "owned")], [owner, int(1000 * lease_s)])
+        epoch, *rest = await self._one(CLAIM, [self.key(partition, "owned")], [owner, int(1000 * lease_s)])
         return Claim(epoch, rest[0].decode(), rest[1]) if epoch else None
 
     async def renew(self, claims: Mapping[int, Claim], lease_s: float) -> dict[int, bool]:
         """Which partitions are still ours; 0 seconds gives them free."""
         calls = [([self.key(p, "owned")], [c.epoch, int(1000 * lease_s)]) for p, c in claims.items()]
-        answers = await self._run("renew", calls) if calls else []
+        answers = await self._run(RENEW, calls) if calls else []
+        for answer in answers:
+            if isinstance(answer, Exception):  # a node that is away says nothing about whose its partitions are
+                raise answer
         return {p: answer == 1 for p, answer in zip(claims, answers, strict=True)}
 
     async def counters(self, users: Sequence[tuple[int, str]]) -> list[list[bytes]]:
@@ -272,7 +263,7 @@ class PartitionStore:
                     told += pair
                 told += user.gone
             calls.append((keys, [*told, self._mark_ttl_s, *s.marks.values()]))
-        return await self._run("apply", calls)
+        return await self._run(APPLY, calls)
 
     async def count(self, steps: Sequence[ItemStep]) -> list[int | Exception]:
         """Each step whole or not at all, in one round: how many item-side keys the store then holds, or its fault."""
@@ -285,17 +276,28 @@ class PartitionStore:
             for pair in s.fields.items():
                 told += pair
             calls.append(([self.key(s.partition, part) for part in ("owned", "from", "items")], [*told, *s.gone, s.since]))
-        return await self._run("count", calls)
+        return await self._run(COUNT, calls)
 
-    async def heads(self, partitions: Sequence[int]) -> list[Head]:
-        """Where partitions stand, whoever owns them."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for p in partitions:
-                pipe.hmget(self.key(p, "owned"), "owner", "until", "epoch", "at", "n", "rows", "dead")
-                pipe.hgetall(self.key(p, "from"))
-            found = await pipe.execute()
-        out = []
-        for p, held, sources in zip(partitions, found[::2], found[1::2], strict=True):
+    @property
+    def replicated(self) -> bool:
+        """Whether a change counts only when replicas have it."""
+        return self._kept.replicas > 0
+
+    async def heads(self, partitions: Sequence[int], *, kept: bool = False) -> list[Head]:
+        """Where partitions stand, whoever owns them; `kept`: and where they would stand as well behind a failover."""
+        calls: list[tuple[Any, ...]] = []
+        for p in partitions:
+            owned = self.key(p, "owned")
+            calls.append(("HMGET", owned, "owner", "until", "epoch", "at", "n", "rows", "dead"))
+            calls.append(("HGETALL", self.key(p, "from")))
+            if kept and self.replicated:
+                calls.append(("EVAL", SEEN, 1, owned))
+        found = await run(self._redis, calls, self._kept if kept else IN_MEMORY)
+        for answer in found:
+            if isinstance(answer, Exception):
+                raise answer
+        out, each = [], len(calls) // max(1, len(partitions))
+        for p, held, sources in zip(partitions, found[::each], found[1::each], strict=True):
             owner, until, epoch, at, n, rows, dead = held
             counted = {int(s): int(told.rpartition(b" ")[2]) for s, told in sources.items()}
             until_ms, number, n_, rows_, dead_ = (int(x or 0) for x in (until, epoch, n, rows, dead))
@@ -318,15 +320,15 @@ class PartitionStore:
 
     async def declare(self, partition: int, epoch: int, marks: Iterable[bytes]) -> None:
         """Say of which declarations they are. FencedError where somebody else owns the partition."""
-        await self._one("declare", [self.key(partition, "owned")], [epoch, " ".join(mark.hex() for mark in marks)])
+        await self._one(DECLARE, [self.key(partition, "owned")], [epoch, " ".join(mark.hex() for mark in marks)])
 
     async def publish(self, partition: int, epoch: int, value: bytes) -> int:
         """Replace a partition's snapshot; gives its number. FencedError where somebody else owns the partition."""
-        return int(await self._one("publish", [self.key(partition, "owned"), self.key(partition, "snapshot")], [epoch, self._ttl_s, value]))
+        return int(await self._one(PUBLISH, [self.key(partition, "owned"), self.key(partition, "snapshot")], [epoch, self._ttl_s, value]))
 
 
 def _fenced(fault: Exception) -> Exception:
     text = str(fault)
     if "FENCED" in text or "AHEAD" in text:
         return FencedError(f"A step was not applied ({text}).")
-    return fault if isinstance(fault, faults.RedisError) else StoreError(text)
+    return fault if isinstance(fault, faults.RedisError | RayfunnelError | OSError) else StoreError(text)

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 import redis
 from redis import exceptions as faults
 
-from cluster.redis_cluster import blocking_client_of, check, clustered, is_cluster
+from cluster.redis_cluster import as_server_faults, blocking_client_of, check, is_cluster, run_blocking
+from cluster.redis_round import Kept, digest
 from cluster.redis_store import PASSWORD_VARIABLE, TRIES, pause_s, reason, redacted
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.live_items import Changes, ItemChange, ItemRecord, from_json, merged, to_json
@@ -69,7 +70,8 @@ class RedisItemLog:
             raise ConfigError(
                 f"redis_url '{self.shown_url}' is no address of a Redis ({fault}). Expected redis://host:6379/0, or redis+cluster://host:6379."
             ) from fault
-        self._wait_for_disk: bool | None = None
+        self._kept: Kept | None = None
+        self._replicas = config.replicas_acked
 
     @cached_property
     def _redis(self) -> redis.Redis:
@@ -79,10 +81,6 @@ class RedisItemLog:
             return blocking_client_of(self._url, self._secret, **limits)
         password = {} if urlsplit(self._url).password else {"password": self._secret}
         return redis.Redis.from_url(self._url, protocol=2, **limits, **password)
-
-    @cached_property
-    def _script(self) -> Any:
-        return self._redis.register_script(CHANGE)
 
     def change(self, changes: Sequence[ItemChange]) -> int:
         """See ItemLog; what others change at the same time is merged, none is lost."""
@@ -96,7 +94,6 @@ class RedisItemLog:
                 time.sleep(pause_s(n))
             else:
                 raise StoreError(f"{len(left)} items are changed by somebody else all the time. Send them again.")
-        self._answered(self._synced)
         return position
 
     def _attempt(self, changes: Sequence[ItemChange]) -> tuple[list[ItemChange], int]:
@@ -112,23 +109,25 @@ class RedisItemLog:
                 record = merged(record, change, now)
             assert record is not None  # noqa: S101 - nobody is here without a change
             arguments += [item_id, value or b"", to_json(record)]
-        missed, position = self._script(keys=self._keys, args=arguments)
+        missed, position = self._run(CHANGE, [len(self._keys), *self._keys, *arguments])
         items = list(by_item.values())
         return [change for n in missed for change in items[int(n)]], int(position)
 
-    def _synced(self) -> None:
-        """Return when the disk has it."""
-        if self._wait_for_disk is None:
+    def _run(self, script: str, call: list[Any]) -> Any:
+        """The answer of a script whose changes are on disk and at the replicas."""
+        if self._kept is None:
             try:
                 said: Any = self._redis.config_get("append*")
             except faults.ResponseError:  # managed servers hide their configuration
                 said = {}
-            kept = said.get("appendonly", "yes") == "yes"
-            self._wait_for_disk = kept and said.get("appendfsync", "always") != "always" and not clustered(self._redis)
-        if self._wait_for_disk:
-            local: Any = self._redis.execute_command("WAITAOF", 1, 0, int(1000 * self._timeout_s))
-            if local[0] < 1:
-                raise StoreUnavailableError(f"The feature store at {self.shown_url} did not reach its disk. Send the items again.")
+            disk = said.get("appendonly", "yes") == "yes" and said.get("appendfsync", "always") != "always"
+            self._kept = Kept(self.shown_url, self._timeout_s, disk, self._replicas)
+        (answer,) = run_blocking(self._redis, [("EVALSHA", digest(script), *call)], self._keys[0], self._kept)
+        if isinstance(answer, faults.NoScriptError):
+            (answer,) = run_blocking(self._redis, [("EVAL", script, *call)], self._keys[0], self._kept)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def since(self, position: int) -> Changes:
         """See ItemLog."""
@@ -175,8 +174,12 @@ class RedisItemLog:
 
     def _answered(self, call: Callable[[], T]) -> T:
         try:
-            return call()
+            with as_server_faults():
+                return call()
         except (faults.RedisError, OSError) as fault:
+            if is_cluster(self._url) and isinstance(fault, faults.ConnectionError | faults.TimeoutError | OSError):
+                self.close()  # the library forgets the nodes that the URL names: a new client asks them
+                self.__dict__.pop("_redis", None)
             raise StoreUnavailableError(f"The feature store at {self.shown_url} {reason(fault, self._timeout_s)}") from fault
 
 

@@ -16,9 +16,11 @@ import logging
 import math
 import os
 import random
+import re
 import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -29,6 +31,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from cluster.redis_cluster import client_of, clustered, is_cluster
+from cluster.redis_round import Kept, run_script
 from recsys.config_faults import redact
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
@@ -61,11 +64,13 @@ PAUSE_S = 0.002, 0.1
 APPEND = """
 -- KEYS: log, then mark and history of each event. ARGV: mark TTL (s), history TTL (s), history length, then entry and record of each.
 -- An empty entry stays out of the history, an empty record out of the log. Answers a character per event: 1 where it was new.
-local limit, told = tonumber(ARGV[3]), {}
+-- Where none was, a mark is written again as it is: whoever waits for disk and replicas waits for what their connection wrote.
+local limit, told, new = tonumber(ARGV[3]), {}, false
 for i = 1, (#KEYS - 1) / 2 do
   local mark, key, entry, record = KEYS[2 * i], KEYS[2 * i + 1], ARGV[2 * i + 2], ARGV[2 * i + 3]
   told[i] = redis.call('SET', mark, '', 'NX', 'EX', ARGV[1]) and '1' or '0'
   if told[i] == '1' then
+    new = true
     if record ~= '' then redis.call('XADD', KEYS[1], '*', 'e', record) end
     if entry ~= '' then
       local time, size = struct.unpack('<i8', entry), #entry - 8
@@ -92,15 +97,16 @@ for i = 1, (#KEYS - 1) / 2 do
     end
   end
 end
+if not new then redis.call('SET', KEYS[2], '', 'XX', 'KEEPTTL') end
 return table.concat(told)
 """
 SWAP = """
--- KEYS: profile. ARGV: what it was, what it is to be; nothing is no profile. Answers whether it still was.
+-- KEYS: profile. ARGV: what it was, what it is to be; nothing is no profile. Answers whether it still was. Writes in any case, as APPEND.
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
-if ARGV[2] == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2]) end
+redis.call('SET', KEYS[1], ARGV[2])
+if ARGV[2] == '' then redis.call('DEL', KEYS[1]) end
 return 1
 """
-_SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in (APPEND, SWAP)}
 _COUNT, _TIME, _INDEX = struct.Struct("<H"), struct.Struct("<q"), struct.Struct("<Hq")
 _LONGEST = 65_535
 
@@ -144,8 +150,8 @@ def redacted(url: str) -> str:
 
 
 def connected(url: str, *, timeout_s: float | None = None) -> Redis:
-    """A client of the server at `url`: redis://, rediss:// or unix://, or of a cluster: redis+cluster://, rediss+cluster://. It asks
-    again once where a connection was closed meanwhile.
+    """A client of the server at `url`: redis://, rediss:// or unix://, or of a cluster: redis+cluster://, rediss+cluster://. With TLS, `?ssl_ca_certs=FILE`
+    names an authority that the host does not know. It asks again once where a connection was closed meanwhile.
 
     A password may stand in the environment instead, as RAYFUNNEL_REDIS_PASSWORD. Raises ConfigError for what is no address.
     """
@@ -179,7 +185,7 @@ class RedisStore:
         self._redis = connected(url)
         self._clustered = clustered(self._redis)
         self._prepared: bool = False
-        self._wait_for_disk = False
+        self._kept = Kept(self.shown_url, self.config.append_timeout_ms / 1000.0, replicas=self.config.replicas_acked)
 
     def _key(self, partition: int, part: str, user_id: str = "") -> bytes:
         return f"{self.config.prefix}:{{{partition}}}:{part}{user_id}".encode()
@@ -236,30 +242,12 @@ class RedisStore:
         return new
 
     async def _run(self, script: str, calls: list[list[Any]]) -> list[Any]:
-        """The answers of a script's calls, whose changes are on disk. Raises the first fault among them."""
+        """The answers of a script's calls, whose changes are on disk and at the replicas. Raises the first fault among them."""
         await self._prepare()
-        answers = await self._eval(_SHA[script], calls)
-        unknown = [i for i, answer in enumerate(answers) if isinstance(answer, faults.NoScriptError)]
-        if unknown:  # a server that has just started does not know the script
-            await self._redis.script_load(script)
-            for i, answer in zip(unknown, await self._eval(_SHA[script], [calls[i] for i in unknown]), strict=True):
-                answers[i] = answer
+        answers = await run_script(self._redis, script, calls, self._kept)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        return answers
-
-    async def _eval(self, sha: str, calls: list[list[Any]]) -> list[Any]:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for arguments in calls:
-                pipe.evalsha(sha, *arguments)
-            if self._wait_for_disk:
-                pipe.execute_command("WAITAOF", 1, 0, int(self.config.append_timeout_ms))
-            answers = list(await pipe.execute(raise_on_error=False))
-        if self._wait_for_disk and (isinstance(synced := answers.pop(), Exception) or synced[0] < 1):
-            raise StoreUnavailableError(
-                f"The feature store at {self.shown_url} did not reach its disk ({synced}). Nothing is confirmed; send again."
-            )
         return answers
 
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:
@@ -351,12 +339,12 @@ class RedisStore:
         kept, synced = said.get("appendonly", "yes"), said.get("appendfsync", "always")
         if kept != "yes":
             log.warning("The feature store at %s has appendonly %s: accepted events do not survive its end.", self.shown_url, kept)
-        self._wait_for_disk = kept == "yes" and synced != "always" and not self._clustered
-        if self._clustered and kept == "yes" and synced != "always":
+        self._kept = replace(self._kept, disk=kept == "yes" and synced != "always")
+        if self._clustered and not self._kept.replicas:
             log.warning(
-                "The cluster at %s has appendfsync %s: a node's end may cost the last accepted events. Set it to always.",
+                "The cluster at %s confirms an event before a replica has it: a failover may cost the last accepted events. "
+                "Set store.replicas_acked to the number of replicas that each primary has.",
                 self.shown_url,
-                synced,
             )
         self._prepared = True
 
@@ -374,6 +362,7 @@ def pause_s(n: int) -> float:
     return random.uniform(0, min(PAUSE_S[0] * 2.0**n, PAUSE_S[1]))  # noqa: S311 - no secret
 
 
+_CERTIFICATE = re.compile(r"certificate verify failed: (.*?)\.? \(_ssl")
 _REASONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((TimeoutError, faults.TimeoutError), "did not answer within {ms:.0f} ms. Check its load, or raise the limit."),
     (
@@ -391,5 +380,10 @@ def reason(fault: BaseException, timeout_s: float) -> str:
     """What to say of a server that answered with a fault, or not at all."""
     if isinstance(fault, faults.ConnectionError) and isinstance(fault.__cause__, faults.RedisError):
         fault = fault.__cause__  # what a server says while a connection is being made comes wrapped
+    if (verified := _CERTIFICATE.search(str(fault))) is not None:
+        return (
+            f"shows a certificate that cannot be trusted ({verified[1]}). Name the file of its authority in redis_url: "
+            "rediss://host:6379/0?ssl_ca_certs=/path/ca.pem."
+        )
     text = next(text for kinds, text in _REASONS if isinstance(fault, kinds))
     return text.format(ms=1000 * timeout_s, fault=fault, variable=PASSWORD_VARIABLE)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import orjson
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from recsys.core import FrozenConfig, id_hash
 from recsys.errors import StoreError
@@ -34,6 +34,12 @@ class StoreConfig(FrozenConfig):
     """Hours during which a repeated event id is recognised. Costs about 100 bytes per event of that time."""
     append_timeout_ms: PositiveFloat = 5_000.0
     """How long an append may take before the store counts as unavailable."""
+    replicas_acked: NonNegativeInt = 0
+    """Replicas that must have an event, or a step of the consumers, before it counts; a server answers before any has it, so with 0 a
+    failover may cost the last accepted events. With as many as each primary has, none that was answered 202 is lost while one of them
+    lives; with fewer, only if one that has it takes over. Each append then takes a round trip to the replicas more, and is answered
+    503 while fewer of them follow.
+    """
     append_batch: PositiveInt = 2_000
     """Most events of concurrent calls that go to the store in one round. A larger call goes by itself, whole."""
     memory_mb: PositiveInt | None = None

@@ -267,7 +267,7 @@ def test_a_server_that_syncs_now_and_then_is_asked_to_sync_before_the_answer(own
             await command(own_valkey, "CONFIG", "SET", name, value)
         store = RedisStore(own_valkey.url)
         result = await store.append([event("u", "a", 1, str(settings))])
-        waits = store._wait_for_disk
+        waits = store._kept.disk
         await store.close()
         return result.accepted, waits
 
