@@ -132,7 +132,7 @@ class ItemHop:
         read = {s: placed(sources.get(s, f" {firsts[s]}"))[1] for s in range(held.partitions)}
         await self._past.items(counting, partition, states, lacking - {last}, read)
         if held.counting is counting:
-            owned.sources, owned.firsts, owned.items = sources, firsts, states
+            owned.sources, owned.firsts, owned.items, owned.tables = sources, firsts, states, {}
             owned.since = {mark: since.get(mark) or counting.item_covered(number) for number, mark in enumerate(marks)}
             owned.stale = counting.item_records.stale(values)
             owned.rewrite, owned.since_told = bool(lacking), not lacking and len(since) == len(marks)
@@ -152,10 +152,12 @@ class ItemHop:
         every *= max(1, math.ceil(10 * self._publishing_s / every))
         at = math.floor(await held.store.now() / every) * every
         async with self._whole:
-            due = [(p, o, dict(o.items), self._counted(o)) for p, o in held.owned.items() if o.items is not None and o.published < at]
+            due = [
+                (p, o, dict(o.items), o.tables, self._counted(o)) for p, o in held.owned.items() if o.items is not None and o.published < at
+            ]
         plan, began = held.counting.items.plan, time.monotonic()
-        for p, owned, states, counted in due:
-            value = await asyncio.to_thread(packed_snapshot, plan, states, at, counted)
+        for p, owned, states, tables, counted in due:
+            value = await asyncio.to_thread(packed_snapshot, plan, states, at, counted, tables)
             await held.store.publish(p, owned.claim.epoch, value)
             owned.published = at
         if due:

@@ -16,6 +16,7 @@ from recsys.config import Config
 from recsys.features.counting import Counting
 from recsys.features.covered import Since
 from recsys.features.groups import Row
+from recsys.features.item_table import ItemTable
 from recsys.features.store import NewEvent
 from recsys.features.stream import States
 
@@ -46,6 +47,8 @@ class Owned:
     """Whether users' counters are up to date in every declaration in force."""
     items: States | None = None
     """Item-side states; None until they are read from the store."""
+    tables: dict[int, ItemTable] = field(default_factory=dict)
+    """What the snapshots before computed, by number of the group."""
     since: Since = field(default_factory=dict)
     """What the item-side states of each group began with."""
     since_told: bool = True

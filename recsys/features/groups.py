@@ -154,6 +154,16 @@ class Group:
             got = one if got is None else _pool(f.monoid, got, one)
         return f.monoid.value(f.monoid.init(), at) if got is None else got
 
+    def stands_until(self, state: GroupState, at: Instant) -> float:
+        """The first time at which `value` may be another than at `at`, decays apart, though no event comes; Unix seconds."""
+        n = bisect_left(state.pending, at, key=ORDER)
+        out = state.pending[n].time if n < len(state.pending) else math.inf
+        for f, held in zip(self.features, state.settled, strict=True):
+            if not isinstance(f.monoid, Ends):
+                seen = _said(f.signal, state.pending[:n])
+                out = min(out, f.monoid.stands_until(f.monoid.take(held, seen) if seen else held, at.time))
+        return out
+
     def _settled(self, newest: float, pending: tuple[Event, ...], settled: tuple[Any, ...]) -> GroupState:
         horizon = newest - self.lateness_s
         n = bisect_right(pending, horizon, key=_TIME) if pending and pending[0].time <= horizon else 0

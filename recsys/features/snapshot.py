@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from recsys.core import Vocabulary
 from recsys.errors import StoreError
-from recsys.features.generate import Instant
 from recsys.features.groups import Group, GroupState, Plan
 from recsys.features.inputs import AggregateInputs
+from recsys.features.item_table import ItemTable
 from recsys.features.packed import digest
 from recsys.features.reading import Key
-from recsys.features.states import LATEST, Coder, ItemSnapshot, Looked, looked
+from recsys.features.states import Coder, ItemSnapshot, Looked
 from recsys.features.stream import States
 from recsys.features.tally import Ends, Tally
 
@@ -41,39 +41,20 @@ class Part(NamedTuple):
     tables: dict[bytes, pa.Table]
 
 
-def packed_snapshot(plan: Plan, states: States, at: float, counted: Sequence[int]) -> bytes:
-    """The states of item-side keys at a time, as one value of a store."""
+def packed_snapshot(plan: Plan, states: States, at: float, counted: Sequence[int], kept: dict[int, ItemTable] | None = None) -> bytes:
+    """The states of item-side keys at a time, as one value of a store. `kept`: what the snapshots before left, by number of the group."""
+    kept = {} if kept is None else kept
     out = bytearray(_HEAD.pack(VERSION, at, len(counted))) + struct.pack(f"<{len(counted)}Q", *counted)
     by_group: dict[int, list[tuple[Key, GroupState]]] = {}
     for (number, key), state in states.items():
         by_group.setdefault(number, []).append((key, state))
     for number, held in sorted(by_group.items()):
         group = plan.groups[number]
-        texts: dict[str, int] = {}
-        found = looked(
-            group,
-            [(code, state) for code, (_, state) in enumerate(held)],
-            Instant(at, LATEST),
-            lambda of, v, texts=texts: float(v) if of == "value" else float(texts.setdefault(str(v), len(texts))),
-        )
-        body = _as_arrow(_table(group, [key for key, _ in held], found, list(texts)))
+        if number not in kept:
+            kept[number] = ItemTable(group)
+        body = _as_arrow(kept[number].table(held, at))
         out += _SIZE.pack(digest(group), len(body)) + body
     return bytes(out)
-
-
-def _table(group: Group, keys: list[Key], found: Looked, texts: list[str]) -> pa.Table:
-    columns: dict[str, pa.Array] = {"key": pa.array(["\0".join(key) for key in keys], pa.string())}
-    for i, f in enumerate(group.features):
-        amounts = found.amounts[i]
-        if isinstance(f.monoid, Ends) and f.config.reads != "value":
-            rows = [[texts[int(c)] for c in row if not math.isnan(c)] for row in amounts]
-            columns[f"{i}"] = pa.array(rows, pa.list_(pa.string()))
-            continue
-        for c in range(amounts.shape[1]):
-            columns[f"{i}.{c}"] = pa.array(amounts[:, c], pa.float64())
-        if isinstance(f.monoid, Tally):
-            columns[f"{i}.last"] = pa.array(found.last[i], pa.float64())
-    return pa.table(columns)
 
 
 def _as_arrow(table: pa.Table) -> bytes:
@@ -113,7 +94,8 @@ def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Cod
     for number, group in enumerate(inputs.plan.groups):
         if "user" in group.key:
             continue
-        tables = [t for part in parts.values() if (t := part.tables.get(digest(group))) is not None]
+        mark = digest(group)
+        tables = {p: part.tables[mark] for p, part in parts.items() if mark in part.tables}
         if tables:
             groups[number] = _looked(group, tables, coder)
         elif number in fallback.groups:
@@ -141,9 +123,9 @@ def decayed_counts(parts: Mapping[int, Part], group: Group, items: Vocabulary) -
     return out, at
 
 
-def _looked(group: Group, tables: Iterable[pa.Table], coder: Coder) -> Looked:
-    table = pa.concat_tables(tables)
-    codes = np.array([coder.of_key(group, tuple(key.split("\0")), -1) for key in table["key"].to_pylist()], np.int64)
+def _looked(group: Group, tables: Mapping[int, pa.Table], coder: Coder) -> Looked:
+    table = pa.concat_tables(tables.values())
+    codes = np.concatenate([coder.of_keys(group, p, one["key"]) for p, one in tables.items()])
     order = np.argsort(codes, kind="stable")
     order = order[codes[order] >= 0]
     amounts: list[np.ndarray] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+import pyarrow as pa
 
 from recsys.core import Queries, Vocabulary
 from recsys.data.interactions import Interactions
@@ -76,6 +77,7 @@ class Coder:
         self.columns, self.items, self.offset_s = columns, items, offset_s
         self._index = {(side, name): column.index for side, named in columns.texts.items() for name, column in named.items()}
         self._context: dict[str, dict[str, int]] = {}
+        self._of_keys: dict[tuple[Key, int], tuple[pa.ChunkedArray, np.ndarray]] = {}
 
     def of_key(self, group: Group, key: Key, user: int) -> int:
         """The code of a state's key; `user` stands for its user. -1 where an item or text is not of this bundle."""
@@ -86,6 +88,14 @@ class Coder:
                 return -1
             out = out * self._size(part) + code
         return out
+
+    def of_keys(self, group: Group, partition: int, keys: pa.ChunkedArray) -> np.ndarray:
+        """(K,) codes of a partition's item-side keys, texts joined by NUL. They are kept until the partition has other keys."""
+        known = self._of_keys.get((group.key, partition))
+        if known is None or not known[0].equals(keys):
+            codes = np.array([self.of_key(group, tuple(key.split("\0")), -1) for key in keys.to_pylist()], np.int64)
+            known = self._of_keys[group.key, partition] = (keys, codes)
+        return known[1]
 
     def of_pairs(self, group: Group, users: np.ndarray, items: np.ndarray, queries: Queries, at: np.ndarray) -> np.ndarray:
         """(n, W) codes of the pairs' keys: `users` (n,) as in `of_key`, `items` (n,) rows, `at` (n,) rows of `queries`."""

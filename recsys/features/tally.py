@@ -91,6 +91,14 @@ class Tally:
         whole = self.combined(seen)
         return self._at(whole, at.time) if self.half_life_s else whole
 
+    def stands_until(self, state: tuple[Part, ...], at: float) -> float:
+        """The first time at which another set of parts may count than at `at`."""
+        if self.until == "session":
+            return at
+        out = self.day_start(at) + DAY_S if self.until == "day" else math.inf
+        oldest = next((p for p in state if self._counts(p, at)), None) if self.buckets else None
+        return out if oldest is None else min(out, (self.bucket(oldest.last) + self.buckets) * self.bucket_s - self.offset_s)
+
     def bucket(self, time: float) -> int:
         """The number of the bucket that a time falls in."""
         return math.floor((time + self.offset_s) / self.bucket_s) if math.isfinite(time) else -(1 << 62)
@@ -222,6 +230,12 @@ class Distinct:
             return float(len(state))
         oldest = self.bucket(at.time) - self.buckets
         return float(sum(self.bucket(time) > oldest for time, _ in state))
+
+    def stands_until(self, state: tuple[tuple[float, int], ...], at: float) -> float:
+        """The first time at which another set of values may count than at `at`."""
+        gone = self.bucket(at) - self.buckets if self.buckets else 0
+        oldest = next((bucket for time, _ in state if (bucket := self.bucket(time)) > gone), None) if self.buckets else None
+        return math.inf if oldest is None else (oldest + self.buckets) * self.bucket_s - self.offset_s
 
     def bucket(self, time: float) -> int:
         """The number of the bucket that a time falls in."""
