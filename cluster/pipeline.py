@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from recsys.funnel import Funnel, FunnelRequest
 from recsys.recall.cold_start import rung_of
 from recsys.recipe import Recipe
 from recsys.report import Report
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, console: Console) -> str:
@@ -102,7 +105,8 @@ def recommend(
         raise BundleError(
             f"{read_manifest(folder).version} does not answer as it did when it was published: {faults[0]}. Promote another version."
         )
-    funnel.config = funnel.config.model_copy(update={"rules": config.rules})  # as the service does
+    for sentence in funnel.rule(config.rules, config.rerank):  # as the service does
+        log.warning("%s", sentence)
     wanted = funnel.filters.parse(_asked(only)) if only is not None else None
     queries = funnel.queries([FunnelRequest(user_id=canonical_id(u), k=k, at=time.time(), filter=wanted) for u in users])
     candidates = funnel.recommend(queries)

@@ -44,23 +44,13 @@ class ItemsFollower:
         self._thread: threading.Thread | None = None
 
     def loading(self, load: Load, rules: RulesConfig | None = None, rerank: MMRConfig | None = None) -> Load:
-        """`load`, and the version it gives is up to date and stays so. It answers by these rules, not by those it was trained with; where
-        `rerank` is not what it was published with, that is said."""
+        """`load`, and the version it gives is up to date and stays so. It answers by these rules and this re-rank, not by those it was
+        published with: `load` has compared its answers with the published ones before."""
 
         def follow(folder: Path) -> Funnel:
             funnel = load(folder)
-            if rules is not None:
-                funnel.config = funnel.config.model_copy(update={"rules": rules})
-                for column in sorted({b.column for b in rules.blocks} - set(funnel.filters.columns)):
-                    log.warning(
-                        "rules.blocks: version %s has no column '%s', so nothing is blocked by it. Retrain.", funnel.version, column
-                    )
-            if rerank is not None and rerank != funnel.config.rerank:
-                log.warning(
-                    "rerank: the configuration differs from what version %s was published with, and that stays in force. "
-                    "`rayfunnel train` publishes it with yours; nothing is fitted anew for it.",
-                    funnel.version,
-                )
+            for sentence in funnel.rule(rules or funnel.config.rules, rerank):
+                log.warning("%s", sentence)
             with self._lock:
                 funnel.follow(list(self._held.values()))
                 self._funnels.add(funnel)

@@ -88,6 +88,26 @@ class PinBody(Body):
     """1 is the first of the page."""
 
 
+class CapBody(Body):
+    """One cap of a request."""
+
+    column: str = Field(min_length=1, max_length=256, examples=["genres"])
+    """Item column whose values are capped."""
+    at_most: int = Field(ge=1, strict=True)
+    """Items that may share a value within the window. Items without a value are free."""
+    window: int = Field(default=10, ge=1, strict=True)
+    """Places in a row within which the cap holds; at or above k: on the whole page."""
+
+
+class NoveltyBody(Body):
+    """How much what the user had lately loses, for one request."""
+
+    weight: Annotated[float, BeforeValidator(_number)] = Field(ge=0, le=1)
+    """How much of its score an item loses right after the user had it. 0: nothing."""
+    half_life_h: Annotated[float, BeforeValidator(_number)] | None = Field(default=None, gt=0, le=1e6)
+    """Hours in which half of that is forgotten; as configured if absent."""
+
+
 class PageBody(Body):
     """What every request for a page says: for whom, in which circumstances, and how it is to be answered."""
 
@@ -121,6 +141,11 @@ class RecommendBody(PageBody):
     """Items whose scores are multiplied, to move them up or down."""
     pins: list[PinBody] = Field(default_factory=list, max_length=50)
     """Items at fixed places, if they may be shown to this user; before the pins of the configuration."""
+    caps: list[CapBody] = Field(default_factory=list, max_length=8)
+    """At most so many items of one value of a column among so many places in a row: each in place of the configured caps of its column.
+    A cap that would leave places empty gives way, and `explain` says so."""
+    novelty: NoveltyBody | None = None
+    """What the user had lately stands lower, where the service shows it again at all (recall.exclude_seen); as configured if absent."""
     explain: bool = False
     """Add each item's rank and score at every stage, which rule moved it, and with what probability it stands where it does."""
 

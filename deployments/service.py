@@ -145,6 +145,8 @@ class Service:
                 for one in funnel.filters.parse(b.filter, where=f"boosts.{n}.filter") or ()
             ],
             pins=[(p.item_id, p.place) for p in body.pins],
+            caps=tuple((funnel.cap_column(c.column, f"caps.{n}.column"), c.at_most, c.window) for n, c in enumerate(body.caps)),
+            novelty=(n.weight, n.half_life_h or funnel.config.rules.novelty.half_life_h) if (n := body.novelty) is not None else None,
         )
         variant = body.variant or self.config.variant
         answer = await self._answered(funnel, request, self._deadline(body.timeout_ms), (body.request_id or request_id, variant))

@@ -126,12 +126,15 @@ def load_arrow(path: Path) -> pa.Table:
 
 
 class Wishes(NamedTuple):
-    """What one request asks of its page (see rerank.rules). pins: (item row, place from 1); unwanted: rows the user does not want."""
+    """What one request asks of its page (see rerank.rules). pins: (item row, place from 1); unwanted: rows the user does not want;
+    caps: (column, at most, window); novelty: (weight, half-life in hours)."""
 
     diversity: float | None = None
     boosts: tuple[tuple[Condition, float], ...] = ()
     pins: tuple[tuple[int, int], ...] = ()
     unwanted: tuple[int, ...] = ()
+    caps: tuple[tuple[str, int, int], ...] = ()
+    novelty: tuple[float, float] | None = None
 
 
 @dataclass(slots=True)

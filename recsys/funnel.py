@@ -6,6 +6,7 @@ Every public stage takes a batch of queries and gives candidates; `recommend` is
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -39,8 +40,8 @@ from recsys.recall.content import ContentConfig
 from recsys.recall.merge import merge
 from recsys.recall.popular import first_of
 from recsys.requests import FunnelRequest, Past, query_of
-from recsys.rerank.diversity import MMR
-from recsys.rerank.rules import Known, Rules, lifted
+from recsys.rerank.diversity import MMR, MMRConfig
+from recsys.rerank.rules import Known, Rules, RulesConfig, lifted
 from recsys.similar import check_similar_users, similar_items, similar_items_now, similar_users
 
 __all__ = ["POPULAR", "STAGES", "Funnel", "FunnelRequest", "PageItem"]
@@ -96,11 +97,46 @@ class Funnel:
             self.reranker = self._reranker_of(delta)
         self.delta = delta
 
-    def _reranker_of(self, delta: Delta) -> Reranker:
+    def _reranker_of(self, delta: Delta | None) -> Reranker:
         """The re-rank over the bundle's items and those that came later."""
+        if delta is None:
+            return self.config.rerank.build(vectors=self.vectors, columns=self.item_columns)
         vectors = self.vectors if self.vectors is None or delta.vectors is None else delta.grown(self.vectors, delta.vectors)
         columns = {name: delta.grown(c, delta.columns[name]) if name in delta.columns else c for name, c in self.item_columns.items()}
         return self.config.rerank.build(vectors=vectors, columns=columns)
+
+    def rule(self, rules: RulesConfig, rerank: MMRConfig | None = None) -> list[str]:
+        """From now on answers are ordered by these, not by those the version was published with (None: as they are). Nothing is fitted
+        anew for them. A sentence for each part that asks for a column which this version lacks: that part is not in force."""
+        missing = [("rules.blocks", b.column, "blocked") for b in rules.blocks if b.column not in self.filters.columns]
+        missing += [("rules.boosts", b.column, "boosted") for b in rules.boosts if b.column not in self.filters.columns]
+        if rerank is not None:
+            able = tuple(cap for cap in rerank.caps if cap.column in self.item_columns)
+            missing += [("rerank.caps", cap.column, "capped") for cap in rerank.caps if cap not in able]
+            rerank = rerank if len(able) == len(rerank.caps) else rerank.model_copy(update={"caps": able})
+        changed = rerank is not None and rerank != self.config.rerank
+        self.config = self.config.model_copy(update={"rules": rules} | ({"rerank": rerank} if changed else {}))
+        if changed and self.reranker is not None:
+            self.reranker = self._reranker_of(self.delta)
+        return [
+            f"{where}: version {self.version} has no column '{column}', so nothing is {done} by it. Retrain."
+            for where, column, done in sorted(set(missing))
+        ]
+
+    @property
+    def cap_columns(self) -> list[str]:
+        """Item columns whose values can be counted: texts and bins, no raw numbers and no vectors."""
+        return [name for name, column in self.item_columns.items() if np.issubdtype(column.dtype, np.integer)]
+
+    def cap_column(self, name: str, where: str) -> str:
+        """The name. RequestError (422) where no cap can be by this column; `where` is the field of the request that names it."""
+        known = self.cap_columns
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean '{near[0]}'? " if near else ""
+            text = f"'{where}' names '{name[:64]}', which is no item column whose values can be capped. {hint}Known: {', '.join(known)}."
+            raise RequestError("unknown_field", text, field=where)
+        return name
 
     @property
     def profile_columns(self) -> Mapping[str, ColumnConfig]:

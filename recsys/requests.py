@@ -13,6 +13,7 @@ from recsys.allowed import Condition, Filter
 from recsys.config import Config
 from recsys.core import UNKNOWN, Query, Vocabulary, Wishes
 from recsys.features.store import StoredEvent
+from recsys.rerank.diversity import Caps
 
 
 @dataclass(slots=True)
@@ -37,6 +38,10 @@ class FunnelRequest:
     """Conditions and what the scores of items that hold are multiplied with."""
     pins: Sequence[tuple[str, int]] = ()
     """Item ids and their places on the page, from 1."""
+    caps: Caps = ()
+    """Caps over the configured ones: (column, at most, window)."""
+    novelty: tuple[float, float] | None = None
+    """Weight and half-life in hours, in place of the configured ones."""
 
 
 class Past(NamedTuple):
@@ -124,7 +129,7 @@ def _continued(items: np.ndarray, times: np.ndarray, live: list[tuple[int, float
 
 
 def _wishes(r: FunnelRequest, items: Vocabulary, unwanted: list[int]) -> Wishes | None:
-    if r.diversity is None and not (r.boosts or r.pins or unwanted):
+    if r.diversity is None and r.novelty is None and not (r.boosts or r.pins or r.caps or unwanted):
         return None
     pins = tuple((row, place) for item, place in r.pins if (row := items.row(item)) != UNKNOWN)
-    return Wishes(r.diversity, tuple(r.boosts), pins, tuple(dict.fromkeys(unwanted)))
+    return Wishes(r.diversity, tuple(r.boosts), pins, tuple(dict.fromkeys(unwanted)), tuple(r.caps), r.novelty)

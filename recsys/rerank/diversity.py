@@ -6,7 +6,7 @@ stands above it, among those that no cap forbids. Scores stay those of the fine 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,12 +16,16 @@ from recsys.core import UNKNOWN, Candidates, FrozenConfig, Queries
 from recsys.errors import ConfigError
 from recsys.recall.taste import RowVectors
 
-KEPT, LIFTED, LOWERED, RELAXED = range(4)
-REASONS = ("", "moved up for diversity", "moved down for diversity", "a cap gave way to fill the page")
+KEPT, LIFTED, LOWERED, RELAXED, CAPPED = range(5)
+REASONS = ("", "moved up for diversity", "moved down for diversity", "a cap gave way to fill the page", "moved down: a cap")
 """What `rerank_with_reasons` says of an item, by code."""
 
 BLOCK = 16_000_000
 """Most similarities held at once (64 MB); larger batches go in parts."""
+
+
+Caps = tuple[tuple[str, int, int], ...]
+"""Caps of a request: (column, at most, window), as in CapConfig."""
 
 
 class CapConfig(FrozenConfig):
@@ -59,7 +63,7 @@ class MMR:
 
     def __init__(self, config: MMRConfig, vectors: RowVectors | None, columns: Mapping[str, RowVectors]) -> None:
         self.config = config
-        self.vectors = vectors
+        self.vectors, self._known = vectors, columns
         faults = [
             f"rerank.caps uses column '{cap.column}', which items do not have. Known: {', '.join(sorted(columns)) or 'none'}."
             for cap in config.caps
@@ -69,32 +73,59 @@ class MMR:
             raise ConfigError(faults)
         self.columns = [columns[cap.column] for cap in config.caps]  # (n_items,) or (n_items, W) each
 
+    @property
+    def relevance(self) -> float:
+        """The weight of relevance of a query that asks for none; `none` leaves the order as it is."""
+        return 1.0 if self.config.type == "none" else self.config.lambda_
+
+    def capped(self, caps: Caps) -> MMR:
+        """The same with these caps in place of its own; of a column that the items do not have there is nothing to cap."""
+        known = tuple(CapConfig(column=c, at_most=n, window=w) for c, n, w in caps if c in self._known)
+        return MMR(self.config.model_copy(update={"type": "mmr", "caps": known}), self.vectors, self._known)
+
+    def under(self, caps: Caps | None) -> MMR:
+        """What orders a query that asks for these caps: each takes the place of the configured ones of its column."""
+        own = () if self.config.type == "none" else tuple((c.column, c.at_most, c.window) for c in self.config.caps)
+        if not caps and (own or not self.config.caps):
+            return self
+        asked = {column for column, _, _ in caps or ()}
+        return self.capped((*(cap for cap in own if cap[0] not in asked), *(caps or ())))
+
     def rerank(self, queries: Queries, candidates: Candidates, k: int) -> Candidates:  # noqa: ARG002  a page hangs on its items alone
         """At most k of the candidates, in page order; `scores` stay the fine scores."""
         return self.rerank_with_reasons(candidates, k)[0]
 
     def rerank_with_reasons(
-        self, candidates: Candidates, k: int, *, worth: np.ndarray | None = None, lambdas: np.ndarray | None = None
+        self,
+        candidates: Candidates,
+        k: int,
+        *,
+        worth: np.ndarray | None = None,
+        lambdas: np.ndarray | None = None,
+        caps: Sequence[Caps | None] | None = None,
     ) -> tuple[Candidates, np.ndarray]:
         """The page, and (B, k) int8 codes into REASONS of what became of each of its items.
 
-        worth (B, N), best first, stands for the scores in the balance; lambdas (B,) for the configured weight of relevance.
+        worth (B, N), best first, stands for the scores in the balance; lambdas (B,) for the configured weight of relevance; caps, one
+        per query, go over the configured ones (see `under`).
         """
         worth = candidates.scores if worth is None else worth
-        lambdas = np.full(len(candidates), self.config.lambda_) if lambdas is None else lambdas
-        k = min(k, candidates.width)
-        B = len(candidates)
-        if not k or not B or (self.config.type == "none" and (lambdas == self.config.lambda_).all()):
-            order, reasons = np.broadcast_to(np.arange(k), (B, k)), np.zeros((B, k), np.int8)
-        else:
-            pool = min(max(self.config.pool, k), candidates.width)
-            step = max(1, BLOCK // pool**2)
-            parts = [
-                self._fill(candidates.items[b : b + step, :pool], worth[b : b + step, :pool], k, lambdas[b : b + step])
-                for b in range(0, B, step)
-            ]
-            order, reasons = np.concatenate([o for o, _ in parts]), np.concatenate([r for _, r in parts])
+        B, k = len(candidates), min(k, candidates.width)
+        lambdas = np.full(B, self.relevance) if lambdas is None else lambdas
+        wanted = [c or None for c in caps] if caps is not None else [None] * B
+        order, reasons = np.tile(np.arange(k), (B, 1)), np.zeros((B, k), np.int8)
+        for one in dict.fromkeys(wanted) if k else ():
+            rows = np.array([b for b, w in enumerate(wanted) if w == one])
+            order[rows], reasons[rows] = self.under(one)._ordered(candidates.items[rows], worth[rows], k, lambdas[rows])
         return candidates.reordered(order, np.take_along_axis(candidates.scores, order, 1), stage="rerank"), reasons
+
+    def _ordered(self, items: np.ndarray, worth: np.ndarray, k: int, lambdas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`_fill` of any number of queries, a block at a time."""
+        B, N = items.shape
+        pool = min(max(self.config.pool, k), N)
+        step = max(1, BLOCK // pool**2)
+        parts = [self._fill(items[b : b + step, :pool], worth[b : b + step, :pool], k, lambdas[b : b + step]) for b in range(0, B, step)]
+        return np.concatenate([o for o, _ in parts]), np.concatenate([r for _, r in parts])
 
     def _fill(self, items: np.ndarray, scores: np.ndarray, k: int, lambdas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, P) items, best first, and scores, (B,) weights of relevance -> the k slots of the page and why, (B, k) each."""
@@ -110,7 +141,7 @@ class MMR:
         caps = [
             _Cap(cap, column[np.maximum(items, 0)].reshape(B, P, -1)) for cap, column in zip(self.config.caps, self.columns, strict=True)
         ]
-        order, relaxed = np.empty((B, k), np.int64), np.zeros((B, k), bool)
+        order, relaxed, held_back = np.empty((B, k), np.int64), np.zeros((B, k), bool), np.zeros((B, P), bool)
         for n in range(k):
             value = worth - nearest
             ended = np.isneginf(value).all(1)
@@ -118,7 +149,9 @@ class MMR:
                 forbidden = np.logical_or.reduce([cap.forbidden(n) for cap in caps])
                 capped = np.where(forbidden, np.float32(-np.inf), value)
                 relaxed[:, n] = np.isneginf(capped).all(1) & ~ended
+                first = value.argmax(1)
                 value = np.where(relaxed[:, n, None], value, capped)
+                held_back[rows, first] |= forbidden[rows, first] & ~relaxed[:, n] & ~ended
             chosen = np.where(ended, empty_slot, value.argmax(1))  # ties: who stood first
             order[:, n] = chosen
             worth[rows, chosen] = -np.inf
@@ -126,7 +159,8 @@ class MMR:
                 cap.take(n, chosen)
             if alike is not None:
                 np.maximum(nearest, alike[rows, chosen], out=nearest)
-        moved = np.where(order > places, LIFTED, np.where(order < places, LOWERED, KEPT))
+        lowered = np.where(np.take_along_axis(held_back, order, 1), CAPPED, LOWERED)
+        moved = np.where(order > places, LIFTED, np.where(order < places, lowered, KEPT))
         reasons = np.where(np.take_along_axis(free, order, 1), np.where(relaxed, RELAXED, moved), KEPT)
         return order, reasons.astype(np.int8)
 

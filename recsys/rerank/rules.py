@@ -156,15 +156,16 @@ class Rules:
             order = np.argsort(-worth, axis=1, kind="stable")
             start = candidates.reordered(order, np.take_along_axis(candidates.scores, order, 1))
             worth, why = np.take_along_axis(worth, order, 1), np.take_along_axis(why, order, 1)
-        lambdas = np.array([1 - w.diversity if w is not None and w.diversity is not None else self.mmr.config.lambda_ for w in wishes])
-        page, reasons = self.mmr.rerank_with_reasons(start, k, worth=worth if moved else None, lambdas=lambdas)
+        lambdas = np.array([1 - w.diversity if w is not None and w.diversity is not None else self.mmr.relevance for w in wishes])
+        caps = [w.caps if w is not None else None for w in wishes]
+        page, reasons = self.mmr.rerank_with_reasons(start, k, worth=worth if moved else None, lambdas=lambdas, caps=caps)
         if moved:
             reasons = self._moved(candidates, start, page, why, reasons)
         filled = _Filled(page, reasons, np.where(page.items == UNKNOWN, 0, 1).astype(np.float32))
         if self.config.pins or any(w is not None and w.pins for w in wishes):
             filled = self._pinned(queries, start, filled, k)
         if explores := self.config.explore.share > 0 or bool(self.config.explore.new_users):
-            filled = self._explored(queries, start, filled)
+            filled = self._explored(queries, start, filled, wishes)
         if queries.explain or explores:
             filled.page.trail = {**filled.page.trail, RULES: (filled.reasons.astype(np.int16), filled.chance)}
         return filled.page
@@ -191,18 +192,20 @@ class Rules:
         for wanted in dict.fromkeys(pair for w in wishes if w is not None for pair in w.boosts):
             mine = np.array([w is not None and wanted in w.boosts for w in wishes])[:, None]
             weigh(np.where(mine & self.known.passes(queries, wanted[0], items), wanted[1], 1.0), BOOSTED)
-        if c.novelty.weight > 0:
-            weigh(self._novelty(queries, items), SEEN)
+        if c.novelty.weight > 0 or any(w is not None and w.novelty is not None for w in wishes):
+            weigh(self._novelty(queries, items, wishes), SEEN)
         if c.unwanted > 0 and self.vectors is not None and any(w is not None and w.unwanted for w in wishes):
             weigh(self._unwanted(items, wishes), UNWANTED)
         if c.new_items.factor > 1:
             weigh(c.new_items.factors(self.known.shown(items)), NEW)
         return np.where(items == UNKNOWN, -np.inf, lifted(base, factor)).astype(np.float32), why
 
-    def _novelty(self, queries: Queries, items: np.ndarray) -> np.ndarray:
+    def _novelty(self, queries: Queries, items: np.ndarray, wishes: Sequence[Wishes | None]) -> np.ndarray:
         """(B, N) 1 - weight * 0.5 ** (hours since the user last had it / half-life); without a time, no hours have passed."""
+        own = (self.config.novelty.weight, self.config.novelty.half_life_h)
+        asked = np.array([w.novelty if w is not None and w.novelty is not None else own for w in wishes], float).reshape(-1, 2)
         age_h = np.nan_to_num(np.maximum(queries.at[:, None] - queries.history_times, 0)) / 3600
-        lost = self.config.novelty.weight * 0.5 ** (age_h / self.config.novelty.half_life_h)  # (B, L)
+        lost = asked[:, :1] * 0.5 ** (age_h / asked[:, 1:])  # (B, L)
         out = np.ones(items.shape)
         for slot in range(queries.history.shape[1]):
             same = (items == queries.history[:, slot, None]) & (items != UNKNOWN)
@@ -236,7 +239,7 @@ class Rules:
 
     # ---- exploration and pins -------------------------------------------------------------------------------------
 
-    def _explored(self, queries: Queries, start: Candidates, before: _Filled) -> _Filled:
+    def _explored(self, queries: Queries, start: Candidates, before: _Filled, wishes: Sequence[Wishes | None]) -> _Filled:
         """Each place from `first_place` on that has no pin goes, with probability `share`, to one of the candidates that are not
         on the page, each as likely as the other.
 
@@ -247,7 +250,6 @@ class Rules:
         product is that of the page.
         """
         c, page = self.config.explore, before.page
-        capped = bool(self.mmr.config.caps)
         reasons, chance = before.reasons.copy(), before.chance.copy()
         slots = np.tile(np.arange(page.width), (len(page), 1))
         for b in range(len(page)):
@@ -256,10 +258,11 @@ class Rules:
             places = [n for n in range(c.first_place - 1, int((page.items[b] != UNKNOWN).sum())) if reasons[b, n] != PINNED]
             drawable, rng = len(rest), np.random.default_rng(id_hash(f"{queries.user_ids[b]}\0{float(queries.at[b])!r}"))
             share, standing = self._share(start, b), page.items[b].copy()
+            mmr = self.mmr.under(w.caps if (w := wishes[b]) is not None else None)
             for number, place in enumerate(places):
                 drawn, one = rng.random() < share, rng.random()
-                if capped:
-                    fit = self.mmr.fit(standing, place, start.items[b, rest])
+                if mmr.config.caps:
+                    fit = mmr.fit(standing, place, start.items[b, rest])
                     open_ = [n for n, ok in zip(rest, fit.tolist(), strict=True) if ok]
                     given, drawable = (share if open_ else 0.0), len(open_)
                 else:

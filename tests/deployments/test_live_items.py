@@ -13,12 +13,13 @@ import pytest
 
 from deployments.edge import Edge
 from deployments.live_items import ItemsFollower
-from deployments.rollout import Rollout
+from deployments.rollout import Rollout, loader
 from deployments.service import Service
 from recsys.errors import StoreUnavailableError
 from recsys.features.live_items import Changes, ItemChange, MemoryItemLog
 from recsys.features.store import MemoryStore
-from recsys.funnel import Funnel, FunnelRequest
+from recsys.funnel import STAGES, Funnel, FunnelRequest
+from recsys.rerank.diversity import CapConfig
 from recsys.rerank.rules import MatchConfig, RulesConfig
 from recsys.serve_config import LimitsConfig, ServeConfig
 from tests.deployments.test_edge import Heard, speak
@@ -239,13 +240,33 @@ def test_rules_are_those_of_the_configuration_that_serves(small: Small) -> None:
     assert all(int(item.item_id[1:]) % 2 for item in funnel.page(queries, funnel.recommend(queries))[0]), "even ones are red"
 
 
-def test_caps_that_the_version_was_not_published_with_are_not_ignored_in_silence(small: Small, caplog: pytest.LogCaptureFixture) -> None:
-    follower, published = ItemsFollower(MemoryItemLog(), poll_s=3600), small.config.rerank
-    follower.loading(Funnel.load, small.config.rules, published)(small.folder)
-    assert "rerank" not in caplog.text
-    follower.loading(Funnel.load, small.config.rules, published.model_copy(update={"pool": published.pool + 1}))(small.folder)
-    assert f"differs from what version {small.version} was published with, and that stays in force" in caplog.text
-    assert "`rayfunnel train` publishes it with yours" in caplog.text
+def test_the_rerank_is_that_of_the_configuration_that_serves(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    """At most one of each colour among two places is red, blue, red, … and stays so when the catalogue changes; what is asked of a column
+    that the version lacks is told, not obeyed, and refuses nothing."""
+    capped = small.config.rerank.model_copy(
+        update={"lambda_": 1.0, "caps": (CapConfig(column="colour", at_most=1, window=2), CapConfig(column="brand", at_most=1))}
+    )
+    log = MemoryItemLog()
+    follower = ItemsFollower(log, poll_s=3600)
+    funnel = follower.loading(loader(*STAGES), small.config.rules, capped)(small.folder)
+
+    def colours(k: int = 8) -> list[int]:
+        queries = funnel.queries([FunnelRequest("u0", k, 1_700_100_000.0)])
+        return [int(i.item_id[1:]) % 2 for i in funnel.page(queries, funnel.recommend(queries))[0]]
+
+    assert colours() in ([0, 1] * 4, [1, 0] * 4)
+    log.change([ItemChange("i2", None), ItemChange("i5", {"price": 3})])
+    follower.poll()
+    assert colours() in ([0, 1] * 4, [1, 0] * 4)
+    assert funnel.config.rerank.lambda_ == 1.0
+    said = [r.getMessage() for r in caplog.records if r.name == "deployments.live_items"]
+    assert said == [f"rerank.caps: version {funnel.version} has no column 'brand', so nothing is capped by it. Retrain."]
+
+
+def test_a_stage_without_a_rerank_has_none_after_the_configuration_either(small: Small) -> None:
+    capped = small.config.rerank.model_copy(update={"caps": (CapConfig(column="colour", at_most=1),)})
+    funnel = ItemsFollower(MemoryItemLog(), poll_s=3600).loading(loader("recall"), RulesConfig(), capped)(small.folder)
+    assert funnel.reranker is None
 
 
 def test_a_block_on_a_column_that_a_version_lacks_leaves_its_pages_and_says_so_once(small: Small, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ Spoken to the whole service in this process, with a trained funnel whose configu
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -92,7 +93,23 @@ BOOST = {"filter": {"colour": "red"}, "factor": 2}
 
 REFUSED: list[tuple[Any, str]] = [
     ({"rules": {"pins": []}}, "rules"),
-    ({"caps": [{"column": "colour", "at_most": 0}]}, "caps"),
+    ({"caps": [{"column": "colour", "at_most": 0}]}, "caps.0.at_most"),
+    ({"caps": [{"column": "colour", "at_most": 1.5}]}, "caps.0.at_most"),
+    ({"caps": [{"column": "colour", "at_most": "2"}]}, "caps.0.at_most"),
+    ({"caps": [{"column": "colour"}]}, "caps.0.at_most"),
+    ({"caps": [{"column": "colour", "at_most": 1, "window": 0}]}, "caps.0.window"),
+    ({"caps": [{"column": "colour", "at_most": 1}, {"column": "color", "at_most": 1}]}, "caps.1.column"),
+    ({"caps": [{"column": "price", "at_most": 1}]}, "caps.0.column"),
+    ({"caps": [{"column": "", "at_most": 1}]}, "caps.0.column"),
+    ({"caps": [{"column": "colour", "at_most": 1, "per": "page"}]}, "caps.0.per"),
+    ({"caps": [{"column": "colour", "at_most": 1}] * 9}, "caps"),
+    ({"caps": {"colour": 2}}, "caps"),
+    ({"novelty": {}}, "novelty.weight"),
+    ({"novelty": {"weight": 1.1}}, "novelty.weight"),
+    ({"novelty": {"weight": True}}, "novelty.weight"),
+    ({"novelty": {"weight": 1, "half_life_h": 0}}, "novelty.half_life_h"),
+    ({"novelty": {"weight": 1, "half_life_h": 1e7}}, "novelty.half_life_h"),
+    ({"novelty": {"weight": 1, "half_life_s": 5}}, "novelty.half_life_s"),
     ({"blocks": ["i1"]}, "blocks"),
     ({"explore": {"share": 2}}, "explore"),
     ({"novelty": 1}, "novelty"),
@@ -150,6 +167,9 @@ def test_a_rule_that_makes_no_sense_is_refused_by_the_name_of_its_field(attacked
     ("rules", "field"),
     [
         (b'"diversity": %s', "diversity"),
+        (b'"novelty": {"weight": %s}', "novelty.weight"),
+        (b'"novelty": {"weight": 1, "half_life_h": %s}', "novelty.half_life_h"),
+        (b'"caps": [{"column": "colour", "at_most": %s}]', "caps.0.at_most"),
         (b'"boosts": [{"filter": {"colour": "red"}, "factor": %s}]', "boosts.0.factor"),
         (b'"pins": [{"item_id": "i1", "place": %s}]', "pins.0.place"),
         (b'"boosts": [{"filter": {"price": {"min": %s}}, "factor": 2}]', "boosts.0.filter.price.min"),
@@ -273,4 +293,40 @@ def test_what_is_explored_breaks_no_cap_that_held_before(small: Small, window: i
             assert max(Counter(colours[a : a + window]).values()) <= 2, (user, colours)
         assert all(0 < i["explain"]["propensity"] <= 1 for i in found)
     assert explored > 20
+    made.rollout.stop()
+
+
+def test_a_request_caps_its_own_page_and_nobody_elses(attacked: Attacked) -> None:
+    """Red and blue are the colours: at most one of each among two places is red, blue, red, … (the pin of place 3 stays)."""
+    cap = [{"column": "colour", "at_most": 1, "window": 2}]
+    found = attacked.page(user_id="u0", k=8, caps=cap)
+    red = [i["item_id"] in {"cold", LATER} or int(i["item_id"][1:]) % 2 == 0 for i in found]
+    pin = ids(found).index("i10")
+    assert pin == 2
+    del red[pin]
+    assert all(a != b for a, b in itertools.pairwise(red))
+    assert "moved down: a cap" in {i["explain"]["rule"] for i in found}
+    plain = attacked.page(user_id="u0", k=8)
+    assert ids(plain) != ids(found)
+    assert "moved down: a cap" not in {i["explain"]["rule"] for i in plain}
+
+
+def test_caps_of_a_request_that_cannot_hold_give_way_and_say_so(attacked: Attacked) -> None:
+    found = attacked.page(k=6, caps=[{"column": "colour", "at_most": 1, "window": 100}], filter={"colour": "blue"}, pins=[])
+    assert [i["explain"]["rule"] for i in found].count("a cap gave way to fill the page") == 5, "one blue item is within the cap"
+
+
+def test_novelty_of_a_request_lowers_what_the_user_had(small: Small) -> None:
+    """Shown again is only what the configuration lets be shown again."""
+    made = Attacked(small, RulesConfig())
+    recall = made.funnel.config.recall.model_copy(update={"exclude_seen": False})
+    made.funnel.config = made.funnel.config.model_copy(update={"recall": recall})
+    had = {made.funnel.items.outside([r])[0] for r in made.funnel.past.seen(0).tolist()}
+    plain, new = (made.page(k=30, diversity=0, **more) for more in ({}, {"novelty": {"weight": 1, "half_life_h": 1e6}}))
+    assert had & set(ids(plain)[:10])
+    seen = [n for n, i in enumerate(new) if i["item_id"] in had]
+    assert all(i["item_id"] not in had for i in new[: len(new) - len(seen)]), "worth 0 stands last"
+    lowered = [i for i in new if i["explain"]["rule"] == "moved down: seen lately"]
+    assert lowered
+    assert {i["item_id"] for i in lowered} <= had
     made.rollout.stop()

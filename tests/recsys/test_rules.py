@@ -146,6 +146,41 @@ def test_the_knob_of_a_request_goes_from_relevance_to_difference():
     assert out.items.tolist() == [[0, 2, 1], [0, 1, 2]]
 
 
+def test_caps_of_a_request_stand_in_place_of_those_of_their_column():
+    """Columns a: items 0-2 are of one value; b: 0 and 1 are of one, 2 and 3 of another. At most one of each on the page of two."""
+    columns = {"a": np.array([1, 1, 1, 2]), "b": np.array([1, 1, 2, 2])}
+    mmr = MMRConfig(lambda_=1.0, caps=(CapConfig(column="a", at_most=1),)).build(None, columns)
+    made = Rules(RulesConfig(), mmr, known(), None)
+
+    def order(*caps):
+        return page(made, [0, 1, 2, 3], k=2, wish=Wishes(caps=caps))
+
+    assert page(made, [0, 1, 2, 3], k=2) == [(0, ""), (3, "moved up for diversity")], "1 and 2 share a's value with 0"
+    assert order(("a", 2, 10)) == [(0, ""), (1, "")]
+    assert order(("b", 1, 10)) == [(0, ""), (3, "moved up for diversity")], "a's stays"
+    assert order(("a", 3, 10), ("b", 1, 10)) == [(0, ""), (2, "moved up for diversity")]
+    whole = page(made, [0, 1, 2, 3], wish=Wishes(caps=(("a", 1, 2),)))
+    assert whole == [(0, ""), (3, "moved up for diversity"), (1, "moved down: a cap"), (2, "a cap gave way to fill the page")]
+    assert order(("gone", 1, 10)) == [(0, ""), (3, "moved up for diversity")], "a version may lack a column: nothing is capped by it"
+
+
+def test_caps_of_one_request_are_not_those_of_another_and_none_keeps_the_order():
+    columns = {"a": np.array([1, 1, 2])}
+    for mmr in (MMRConfig(type="none", caps=(CapConfig(column="a", at_most=1),)), MMRConfig(lambda_=1.0)):
+        made = Rules(RulesConfig(), mmr.build(VECTORS, columns), known(), None)
+        queries = replace(queries_of([], [], []), wishes=(Wishes(caps=(("a", 1, 2),)), None, Wishes(diversity=0.0)))
+        out = made.rerank(queries, candidates_of([[0, 1, 2]] * 3), 3)
+        assert out.items.tolist() == [[0, 2, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_novelty_of_a_request_stands_in_place_of_the_configured():
+    made = rules(RulesConfig(novelty=NoveltyConfig(weight=0.8, half_life_h=720)))
+    of = {"history": [4], "at": np.array([1e9]), "history_times": np.array([[1e9 - 3600 * 24]])}
+    assert [i for i, _ in page(made, [4, 1], [0.9, 0.5], wish=Wishes(novelty=(0.0, 1.0)), **of)] == [4, 1]
+    assert [i for i, _ in page(made, [4, 1], [0.9, 0.5], wish=Wishes(novelty=(1.0, 24.0)), **of)] == [1, 4], ".9 x (1 - 1 / 2) = .45"
+    assert [i for i, _ in page(rules(), [4, 1], [0.9, 0.5], wish=Wishes(novelty=(1.0, 24.0)), **of)] == [1, 4], "none configured"
+
+
 # ---- pins -------------------------------------------------------------------------------------------------------------
 
 
