@@ -51,6 +51,7 @@ app.add_typer(data.features_app, name="features", rich_help_panel=DATA)
 app.add_typer(configuration.config_app, name="config", rich_help_panel=CONFIG)
 app.add_typer(catalogue.items_app, name="items", rich_help_panel=DATA)
 app.add_typer(catalogue.users_app, name="users", rich_help_panel=DATA)
+app.add_typer(catalogue.rules_app, name="rules", rich_help_panel=DATA)
 app.add_typer(live.ingest_app, name="ingest", rich_help_panel=LIVE)
 COMMANDS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
     (DATA, (data.init, data.prepare, live.impressions, live.skew)),

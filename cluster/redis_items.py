@@ -6,6 +6,7 @@ Keys, all in one hash slot; none expires, for nothing could rebuild them:
     rf:{items}:changes   how many changes there were; the newest position
     rf:{items}:epoch     names this log: another one, or an emptied one, has another
     rf:{items}:shown     hash, item id -> how often it was shown since it was told of
+    rf:{items}:rules     how often rules were told, a space, their newest document (see rerank.live_rules), empty: taken back
 """
 
 from __future__ import annotations
@@ -50,6 +51,14 @@ end
 return {missed, redis.call('GET', KEYS[3]) or '0'}
 """
 
+RULE = """
+-- KEYS: rules. ARGV: a document. Answers how often rules were told.
+local held = redis.call('GET', KEYS[1])
+local number = (held and tonumber(string.match(held, '^%d+')) or 0) + 1
+redis.call('SET', KEYS[1], string.format('%d', number) .. ' ' .. ARGV[1])
+return number
+"""
+
 
 class RedisItemLog:
     """The ItemLog on a server. Blocking: replicas follow it from a thread of their own."""
@@ -59,7 +68,7 @@ class RedisItemLog:
         config = config or StoreConfig()
         self.shown_url, self._timeout_s = redacted(url), timeout_s or config.append_timeout_ms / 1000.0
         self._keys = [f"{config.prefix}:{{items}}:{part}" for part in ("held", "order", "changes", "epoch")]
-        self._shown_key = f"{config.prefix}:{{items}}:shown"
+        self._shown_key, self._rules_key = f"{config.prefix}:{{items}}:shown", f"{config.prefix}:{{items}}:rules"
         self._url, self._secret = url, os.environ.get(PASSWORD_VARIABLE)
         try:
             if is_cluster(url):
@@ -139,7 +148,8 @@ class RedisItemLog:
         while True:
             with self._redis.pipeline(transaction=False) as pipe:
                 pipe.get(epoch).get(changes).zrangebyscore(order, f"({position}", "+inf", start=0, num=ITEMS_A_CALL, withscores=True)
-                name, newest, page = pipe.execute()
+                pipe.get(self._rules_key)
+                name, newest, page, ruled = pipe.execute()
             if page:
                 ids = [item_id for item_id, _ in page]
                 values: Any = self._redis.hmget(held_key, ids)
@@ -149,7 +159,12 @@ class RedisItemLog:
             if len(page) < ITEMS_A_CALL:
                 # A log shorter than what was read of it is another log, whatever it is called.
                 name = (name or b"").decode() if int(newest or 0) >= position else uuid.uuid4().hex
-                return Changes(name, position, list(records.values()))
+                told, _, document = (ruled or b"0 ").partition(b" ")
+                return Changes(name, position, list(records.values()), (int(told) if told.isdigit() else 0, document))
+
+    def rule(self, document: bytes) -> int:
+        """See ItemLog."""
+        return int(self._answered(lambda: self._run(RULE, [1, self._rules_key, document])))
 
     def show(self, counts: Mapping[str, int]) -> None:
         """See ItemLog."""

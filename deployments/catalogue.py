@@ -61,7 +61,7 @@ class CatalogueWrites:
             try:
                 position = await asyncio.to_thread(self._items.change, [change for _, change in changes])
             except StoreUnavailableError as error:
-                raise _away() from error
+                raise away() from error
         return _answer(len(changes), rejected, position)
 
     def _item(self, row: Any) -> ItemBody:
@@ -81,7 +81,7 @@ class CatalogueWrites:
         try:
             await self._store.change_profiles(changes)
         except StoreUnavailableError as error:
-            raise _away() from error
+            raise away() from error
 
     # ---- bodies ---------------------------------------------------------------------------------------------------
 
@@ -136,6 +136,7 @@ def _answer(accepted: int, rejected: list[dict[str, Any]], position: int | None 
     return orjson.dumps({"accepted": accepted, "rejected": rejected} | ({} if position is None else {"position": position}))
 
 
-def _away() -> RequestError:
+def away() -> RequestError:
+    """What a change answers while the store is away."""
     text = "The store does not answer, so it is not certain that anything was kept. Send it again: repeating is harmless."
     return RequestError("store_unavailable", text, status=503)

@@ -19,9 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from deployments.resilience import Seldom
-from deployments.schemas import Accepted, EventBody, FaultAnswer, ItemBody, Kept, Page, RankBody, RecommendBody, UserBody
+from deployments.schemas import Accepted, EventBody, FaultAnswer, ItemBody, Kept, Page, RankBody, RecommendBody, Ruled, RulesKept, UserBody
 from deployments.service import Service
 from recsys.errors import RequestError, StoreUnavailableError
+from recsys.rerank.live_rules import LiveRules
 from recsys.serve_config import LimitsConfig
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
     post("/v1/events", EventBody | list[EventBody], Accepted, 202, "What users did; taken when it is on disk")
 
     _catalogue(api, service)
+    _rules(api, service)
 
     @api.get("/v1/items/{item_id:path}/similar", responses={404: {"model": FaultAnswer}}, summary="An item's neighbours")
     async def similar(item_id: str, request: Request, k: int = 10) -> Response:
@@ -247,6 +249,31 @@ def _catalogue(api: FastAPI, service: Service) -> None:
 
     one("/v1/items/{one_id:path}", changes.delete_items, "An item that must not be shown again")
     one("/v1/users/{one_id:path}", changes.delete_users, "A profile to forget")
+
+
+def _rules(api: FastAPI, service: Service) -> None:
+    """What is in force on every page, and how it is changed without a restart."""
+    rules = service.rules
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": FaultAnswer} for code in (404, 503)}
+
+    @api.get(
+        "/v1/rules", response_model=Ruled, responses=refusals, summary="The rules of pages that are in force, and where each comes from"
+    )
+    async def show(request: Request) -> Response:
+        return await _without_body(request, lambda _: rules.show())
+
+    async def handler(raw: bytes, request_id: str) -> Reply:  # noqa: ARG001  one shape for all handlers
+        return Reply(200, await rules.put(raw))
+
+    async def put(request: Request) -> Response:
+        return await _with_body(request, handler, service.config.limits.body_bytes)
+
+    summary = "Rules over those of the configuration: in force within a second, on every replica, until they are told anew or taken back"
+    api.put("/v1/rules", response_model=RulesKept, summary=summary, **_takes(LiveRules))(put)
+
+    @api.delete("/v1/rules", response_model=RulesKept, responses=refusals, summary="Take them back: the configuration's stand alone")
+    async def clear(request: Request) -> Response:
+        return await _without_body(request, lambda _: rules.delete())
 
 
 async def _with_body(request: Request, handler: Handler, limit: int) -> Response:

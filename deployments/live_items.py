@@ -21,6 +21,7 @@ from recsys.errors import RayfunnelError, StoreError
 from recsys.features.live_items import ItemLog, ItemRecord
 from recsys.funnel import Funnel
 from recsys.rerank.diversity import MMRConfig
+from recsys.rerank.live_rules import Stored, from_json, in_force, origins
 from recsys.rerank.rules import RulesConfig
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,11 @@ class ItemsFollower:
         self._log, self._poll_s = items, poll_s
         self._held: dict[str, ItemRecord] = {}
         self._epoch, self._position, self._read_at = "", 0, 0.0
-        self._funnels: weakref.WeakSet[Funnel] = weakref.WeakSet()
+        self._funnels: weakref.WeakKeyDictionary[Funnel, RulesConfig] = weakref.WeakKeyDictionary()
+        self._told: tuple[int, bytes] = (0, b"")
+        self._live: Stored | None = None
+        self._unread = ""
+        self._unmet: dict[str, list[str]] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._noted: Counter[str] = Counter()
         self._noting, self._counted_at = threading.Lock(), -COUNT_S
@@ -49,14 +54,36 @@ class ItemsFollower:
 
         def follow(folder: Path) -> Funnel:
             funnel = load(folder)
-            for sentence in funnel.rule(rules or funnel.config.rules, rerank):
-                log.warning("%s", sentence)
             with self._lock:
+                own = rules or funnel.config.rules
+                self._rule(funnel, own, rerank)
                 funnel.follow(list(self._held.values()))
-                self._funnels.add(funnel)
+                self._funnels[funnel] = own
             return funnel
 
         return follow
+
+    def _rule(self, funnel: Funnel, configured: RulesConfig, rerank: MMRConfig | None = None) -> None:
+        """The configured rules, and over them those that were told, are in force from now on."""
+        said = self._unmet.get(funnel.version, [])
+        unmet = funnel.rule(in_force(configured, self._live.rules if self._live is not None else None), rerank)
+        for sentence in unmet:
+            if sentence not in said:
+                log.warning("%s", sentence)
+        self._unmet[funnel.version] = unmet
+
+    def _take_rules(self, told: tuple[int, bytes]) -> None:
+        """Read a document and obey it. One that this release cannot read is told and passed over: pages must go on."""
+        self._told, self._unread, self._live = told, "", None
+        try:
+            self._live = from_json(told[1]) if told[1] else None
+        except StoreError as error:
+            self._unread = str(error)
+            log.warning("Live rules %d are passed over, those of the configuration are in force: %s.", told[0], error)
+        else:
+            log.info("live rules %d: %s", told[0], "taken back" if self._live is None else "in force")
+        for funnel, configured in list(self._funnels.items()):
+            self._rule(funnel, configured)
 
     def start(self, patience_s: float = 5.0) -> None:
         """Read the whole log, then go on in the background. A store that does not answer for `patience_s` is waited for no longer."""
@@ -103,6 +130,8 @@ class ItemsFollower:
                 self._held = held | {record.item_id: record for record in changes.records}
                 for funnel in list(self._funnels):
                     funnel.follow(changes.records, anew=anew)
+            if changes.rules != self._told:
+                self._take_rules(changes.rules)
             self._epoch, self._position, self._read_at = changes.epoch, changes.position, now
         if self._held and now - self._counted_at >= COUNT_S:
             self._count(now)
@@ -130,4 +159,24 @@ class ItemsFollower:
         held = list(self._held.values())
         deleted = sum(record.columns is None for record in held)
         stale = round(time.monotonic() - self._read_at, 3) if self._read_at else None
-        return {"changed": len(held) - deleted, "deleted": deleted, "position": self._position, "staleness_s": stale}
+        told = {"changed": len(held) - deleted, "deleted": deleted, "position": self._position, "staleness_s": stale}
+        return told | {"rules": self._told[0] if self._live is not None else None}
+
+    def rules(self, funnel: Funnel) -> dict[str, Any]:
+        """What GET /v1/rules tells of the rules that this process obeys for a version, and where each part of them comes from."""
+        with self._lock:
+            told, live, unread, configured = self._told, self._live, self._unread, self._funnels.get(funnel, funnel.config.rules)
+            unmet = list(self._unmet.get(funnel.version, []))
+        rules = live.rules if live is not None else None
+        stale = round(time.monotonic() - self._read_at, 3) if self._read_at else None
+        out: dict[str, Any] = {
+            "number": told[0],
+            "live": None if live is None else live.rules.model_dump(mode="json", exclude_unset=True),
+            "since_ms": None if live is None else live.time_ms,
+            "configuration": configured.model_dump(mode="json"),
+            "in_force": in_force(configured, rules).model_dump(mode="json"),
+            "origin": origins(configured, rules),
+            "staleness_s": stale,
+        }
+        passed_over = [f"Live rules {told[0]} are passed over: {unread}."] if unread else []
+        return out | {"not_in_force": passed_over + unmet}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from deployments.resilience import Reason
 from deployments.resilience import Rung as Degradation
@@ -200,6 +200,38 @@ class UserBody(Body):
     """Values of declared user columns. One that is left out keeps its value; null takes it away."""
 
 
+class Ruled(BaseModel):
+    """The answer of /v1/rules: what this replica obeys."""
+
+    number: int
+    """How often rules were told; with every PUT and DELETE one more."""
+    live: dict[str, Any] | None
+    """The document that was told; null where there is none, or it was taken back."""
+    since_ms: int | None
+    """When it was told, in Unix milliseconds."""
+    configuration: dict[str, Any]
+    """The rules that the service was started with."""
+    in_force: dict[str, Any]
+    """What comes of both."""
+    origin: dict[str, str]
+    """Each part of it by its dotted path: live or configuration."""
+    not_in_force: list[str]
+    """Sentences: what the version that answers cannot obey, or a document that this release cannot read."""
+    staleness_s: float | None
+    """Seconds since this replica last looked."""
+
+
+class RulesKept(BaseModel):
+    """The answer of PUT and DELETE of /v1/rules, once it is on disk; every replica obeys within two looks (serve.items_poll_s)."""
+
+    number: int
+    """What GET shows where it is in force."""
+    live: dict[str, Any] | None
+    """The document as it was taken."""
+    notes: list[str]
+    """Sentences on what is odd and was taken all the same, such as the pin of an item that nobody knows yet."""
+
+
 class Item(BaseModel):
     """One item of a page."""
 
@@ -287,10 +319,20 @@ def parsed(adapter: TypeAdapter[Any], raw: bytes) -> Any:
 
 def fault(error: ValidationError) -> RequestError:
     """A validation error as a code, a sentence and the field."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    return _fault(error.errors(include_url=False, include_context=False)[0])
+
+
+def faults(error: ValidationError) -> RequestError:
+    """All that is wrong, one sentence after another, under the code and the field of the first."""
+    found = [_fault(one) for one in error.errors(include_url=False, include_context=False)]
+    return RequestError(found[0].code, " ".join(map(str, found)), field=found[0].field, status=found[0].status)
+
+
+def _fault(first: ErrorDetails) -> RequestError:
     kind, where = first["type"], ".".join(str(part) for part in first["loc"] if part != "function-before")
     if kind == "json_invalid":
         return RequestError("malformed_json", f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}.", status=400)
+    first["msg"] = first["msg"].removeprefix("Value error, ")
     if kind == "model_type":  # pydantic's own words name our classes
         first["msg"] = "expected an object"
     shown = repr(first["input"])

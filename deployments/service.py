@@ -20,6 +20,7 @@ from deployments.catalogue import CatalogueWrites
 from deployments.impressions import ImpressionLog
 from deployments.ladder import Answer, Ladder, Row, Shown, StageCall
 from deployments.live_items import ItemsFollower
+from deployments.live_rules import RulesDesk
 from deployments.monitoring import Monitor
 from deployments.resilience import Deadline, Degraded, called_twice, reason_of
 from deployments.rollout import Rollout
@@ -94,7 +95,9 @@ class Service:
         stage_states: Callable[[], Awaitable[dict[str, Any]]] | None = None,
     ) -> None:
         self.config, self.rollout, self.store = config, rollout, store
-        self.catalogue = CatalogueWrites(rollout, store, items or MemoryItemLog(), config.limits)
+        items = items or MemoryItemLog()
+        self.catalogue = CatalogueWrites(rollout, store, items, config.limits)
+        self.rules = RulesDesk(rollout, items, follower, config.limits)
         self._follower = follower
         self._appender = Appender(store, most=append_batch)
         self._ingest_status, self._counters_state, self._stage_states = ingest_status, counters_state, stage_states
@@ -146,7 +149,7 @@ class Service:
             ],
             pins=[(p.item_id, p.place) for p in body.pins],
             caps=tuple((funnel.cap_column(c.column, f"caps.{n}.column"), c.at_most, c.window) for n, c in enumerate(body.caps)),
-            novelty=(n.weight, n.half_life_h or funnel.config.rules.novelty.half_life_h) if (n := body.novelty) is not None else None,
+            novelty=_novelty(body, funnel),
         )
         variant = body.variant or self.config.variant
         answer = await self._answered(funnel, request, self._deadline(body.timeout_ms), (body.request_id or request_id, variant))
@@ -412,6 +415,12 @@ async def _neighbours(whose: str, nearest: Callable[[], Awaitable[list[tuple[str
     except Exception as error:
         log.warning("Neighbours of %s are not to be had: %s", whose, error or type(error).__name__)
         raise RequestError("unavailable", "The neighbours cannot be looked up at the moment. Try again.", status=503) from error
+
+
+def _novelty(body: RecommendBody, funnel: Funnel) -> tuple[float, float] | None:
+    if (wish := body.novelty) is None:
+        return None
+    return wish.weight, wish.half_life_h or funnel.config.rules.novelty.half_life_h
 
 
 def _shown(answer: Answer, request_id: str, variant: str, started: float) -> bytes:

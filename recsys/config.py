@@ -6,7 +6,6 @@ A section's class stands above the code that it configures; here they are only p
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +48,7 @@ from recsys.recall.trending import TrendingConfig
 from recsys.recall.user_cf import UserCFConfig
 from recsys.recall.vector import VectorConfig
 from recsys.rerank.diversity import MMRConfig
-from recsys.rerank.rules import RulesConfig
+from recsys.rerank.rules import RulesConfig, unfit
 from recsys.retrain_config import RetrainConfig
 from recsys.serve_config import ServeConfig
 from recsys.training import TrainingConfig
@@ -303,16 +302,8 @@ class Config(Places):
                     f"rerank.caps.{index}.column",
                     f"names '{cap.column}', which no item column declares; known: {', '.join(items) or 'none'}",
                 )
-        for part, matches in (("boosts", self.rules.boosts), ("blocks", self.rules.blocks)):
-            for index, match in enumerate(matches):
-                kind = items[match.column].kind if match.column in items else None
-                if match.column != "item_id" and kind is None:
-                    yield (
-                        f"rules.{part}.{index}.column",
-                        f"names '{match.column}', which no item column declares; known: {', '.join(['item_id', *items])}",
-                    )
-                elif kind in ("number", "bins") and not all(_is_number(v) for v in match.values):
-                    yield f"rules.{part}.{index}.values", f"are not all numbers, as '{match.column}' holds"
+        for path, sentence in unfit(self.rules, {name: str(c.kind) for name, c in items.items()}):
+            yield f"rules.{path}", sentence
         tables = {"user": self.data.users, "item": self.data.items}
         kinds = {side: {n: str(c.kind) for n, c in t.columns.items()} if t is not None else {} for side, t in tables.items()}
         kinds["context"] = {n: str(c.kind) for n, c in self.data.interactions.context.items() if c.kind not in FROM_TIME}
@@ -333,13 +324,6 @@ class Config(Places):
         tables = (self.data.users, self.data.items)
         declared = [name for table in tables if table is not None for name in table.columns]
         return ["user_id", "item_id", "history", "recent", EVIDENCE, *declared, *self.data.interactions.context]
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
 
 
 def _filled(value: Any, folder: str) -> Any:

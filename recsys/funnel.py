@@ -41,7 +41,7 @@ from recsys.recall.merge import merge
 from recsys.recall.popular import first_of
 from recsys.requests import FunnelRequest, Past, query_of
 from recsys.rerank.diversity import MMR, MMRConfig
-from recsys.rerank.rules import Known, Rules, RulesConfig, lifted
+from recsys.rerank.rules import Known, MatchConfig, Rules, RulesConfig, lifted, unfit
 from recsys.similar import check_similar_users, similar_items, similar_items_now, similar_users
 
 __all__ = ["POPULAR", "STAGES", "Funnel", "FunnelRequest", "PageItem"]
@@ -108,8 +108,15 @@ class Funnel:
     def rule(self, rules: RulesConfig, rerank: MMRConfig | None = None) -> list[str]:
         """From now on answers are ordered by these, not by those the version was published with (None: as they are). Nothing is fitted
         anew for them. A sentence for each part that asks for a column which this version lacks: that part is not in force."""
-        missing = [("rules.blocks", b.column, "blocked") for b in rules.blocks if b.column not in self.filters.columns]
-        missing += [("rules.boosts", b.column, "boosted") for b in rules.boosts if b.column not in self.filters.columns]
+        wrong = dict(unfit(rules, {n: str(c.kind) for n, c in self.catalogue.columns.items() if n in self.filters.columns}))
+        missing = []
+        kept: dict[str, tuple[MatchConfig, ...]] = {}
+        for part, done in (("blocks", "blocked"), ("boosts", "boosted")):
+            matches = list(enumerate(getattr(rules, part)))
+            bad = {n for n, _ in matches if wrong.keys() & {f"{part}.{n}.column", f"{part}.{n}.values"}}
+            kept[part] = tuple(match for n, match in matches if n not in bad)
+            missing += [(f"rules.{part}", match.column, done) for n, match in matches if n in bad]
+        rules = rules.model_copy(update=kept) if missing else rules
         if rerank is not None:
             able = tuple(cap for cap in rerank.caps if cap.column in self.item_columns)
             missing += [("rerank.caps", cap.column, "capped") for cap in rerank.caps if cap not in able]
@@ -119,7 +126,8 @@ class Funnel:
         if changed and self.reranker is not None:
             self.reranker = self._reranker_of(self.delta)
         return [
-            f"{where}: version {self.version} has no column '{column}', so nothing is {done} by it. Retrain."
+            f"{where}: version {self.version} has no column '{column}'{'' if column not in self.filters.columns else ' of such values'}, "
+            f"so nothing is {done} by it. Retrain."
             for where, column, done in sorted(set(missing))
         ]
 
@@ -302,7 +310,7 @@ class Funnel:
 
     def rank(self, queries: Queries, item_ids: Sequence[Sequence[str]]) -> Candidates:
         """The fine stage over given items (unknown ids are left out): nothing recalled them, so no channel vouches for them."""
-        rows = [[row for i in dict.fromkeys(ids) if self.shows(row := self.items.row(i))] for ids in item_ids]
+        rows = [self._shown_of([self.items.row(i) for i in dict.fromkeys(ids)]) for ids in item_ids]
         N = max(map(len, rows), default=0)
         items = np.full((len(rows), N), UNKNOWN, np.int32)
         for b, found in enumerate(rows):
@@ -318,15 +326,33 @@ class Funnel:
         row = self.items.row(item_id)
         if not self.shows(row):
             raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {self.version}.", field="item_id", status=404)
+        most = 2 * k + 10 if self.config.rules.blocks else k  # what is blocked goes, and others take its place
         if self.delta is not None:
-            rows, scores = similar_items_now(row, k, self.delta, self._parts())
+            rows, scores = similar_items_now(row, most, self.delta, self._parts())
         else:
-            rows, scores = similar_items(row, k, self.channels, self.vectors)
+            rows, scores = similar_items(row, most, self.channels, self.vectors)
+        if most > k:
+            free = ~self._blocked(rows)
+            rows, scores = rows[free][:k], scores[free][:k]
         return list(zip(self.items.outside(rows), map(float, scores), strict=True))
 
     def shows(self, row: int) -> bool:
-        """Whether an item may be shown: it is known and was not deleted."""
-        return row != UNKNOWN and not (self.delta is not None and bool(self.delta.absent(np.array([row]))[0]))
+        """Whether an item may be shown: it is known, was not deleted and is not blocked by the rules."""
+        return bool(self._shown_of([row]))
+
+    def _shown_of(self, rows: Sequence[int]) -> list[int]:
+        """Those of these rows that may be shown."""
+        asked = np.array(rows, np.int64)
+        hidden = asked == UNKNOWN if self.delta is None else (asked == UNKNOWN) | self.delta.absent(asked)
+        shown: list[int] = asked[~hidden & ~self._blocked(asked)].tolist()
+        return shown
+
+    def _blocked(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) item rows -> (n,) bool: what the rules let nobody see."""
+        now, free = Eligibility(self._parts(), self.delta), np.ones(len(rows), bool)
+        for condition in self.config.rules.filter:
+            free &= now.passes(condition, rows[None, :])[0]
+        return ~free
 
     def check_similar_users(self, queries: Queries) -> None:
         """RequestError (404) where `similar_users` has no answer to a batch of one: no such channel, or a user without any event."""

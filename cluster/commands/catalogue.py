@@ -1,4 +1,4 @@
-"""Commands of the catalogue and of profiles: `items` and `users` are brought to a running service in the same two ways."""
+"""Commands of the catalogue, of profiles and of rules: what is brought to a running service, and taken back, without a restart."""
 
 from __future__ import annotations
 
@@ -56,3 +56,42 @@ users_app = _writes(
     Example: rayfunnel users delete -c mine.yaml left.txt
     """,
 )
+
+
+rules_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Change the rules of pages on a running service, without a restart.")
+RulesFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML or JSON: what stands below `rules` of a configuration.")]
+
+
+@rules_app.command("show")
+def rules_show(config: ConfigFiles, settings: Settings = None) -> None:
+    """What is in force: the configuration's rules and what was told over them, each with where it comes from.
+
+    Example: rayfunnel rules show -c mine.yaml
+    """
+    from cluster import live_rules
+
+    live_rules.show(load(config, settings), out)
+
+
+@rules_app.command("set")
+def rules_set(file: RulesFile, config: ConfigFiles, settings: Settings = None) -> None:
+    """Lay a document over the configuration's rules, in place of the one before: obeyed within a second, kept over restarts.
+
+    Its blocks, boosts and pins come before the configuration's; `instead: [pins]` puts those of the configuration out of force.
+
+    Example: rayfunnel rules set -c mine.yaml recall_of_a_product.yaml
+    """
+    from cluster import live_rules
+
+    live_rules.put(load(config, settings), file, out)
+
+
+@rules_app.command("clear")
+def rules_clear(config: ConfigFiles, settings: Settings = None) -> None:
+    """Take the document back: the configuration's rules stand alone.
+
+    Example: rayfunnel rules clear -c mine.yaml
+    """
+    from cluster import live_rules
+
+    live_rules.clear(load(config, settings), out)

@@ -45,11 +45,13 @@ class ItemRecord(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """The records behind a position, and the position after them. Another `epoch` than before: the log began anew."""
+    """The records behind a position, and the position after them. Another `epoch` than before: the log began anew. rules: how often
+    the rules were told, and their newest document, empty where they were taken back."""
 
     epoch: str
     position: int
     records: list[ItemRecord]
+    rules: tuple[int, bytes] = (0, b"")
 
 
 class ItemLog(Protocol):
@@ -61,6 +63,10 @@ class ItemLog(Protocol):
 
     def since(self, position: int) -> Changes:
         """What changed behind a position; 0 for everything."""
+        ...
+
+    def rule(self, document: bytes) -> int:
+        """Keep the rules of pages, in place of those of before, durable when it returns; b"" takes them back. The number of the telling."""
         ...
 
     def show(self, counts: Mapping[str, int]) -> None:
@@ -109,6 +115,7 @@ class MemoryItemLog:
         self._clock, self._epoch, self._position = clock, uuid.uuid4().hex, 0
         self._held: dict[str, tuple[int, ItemRecord]] = {}
         self._shown: Counter[str] = Counter()
+        self._rules = (0, b"")
         self._lock = threading.Lock()
 
     def change(self, changes: Sequence[ItemChange]) -> int:
@@ -126,7 +133,13 @@ class MemoryItemLog:
         """See ItemLog."""
         with self._lock:
             found = sorted((at, record) for at, record in self._held.values() if at > position)
-            return Changes(self._epoch, self._position, [record for _, record in found])
+            return Changes(self._epoch, self._position, [record for _, record in found], self._rules)
+
+    def rule(self, document: bytes) -> int:
+        """See ItemLog."""
+        with self._lock:
+            self._rules = (self._rules[0] + 1, document)
+            return self._rules[0]
 
     def show(self, counts: Mapping[str, int]) -> None:
         """See ItemLog."""

@@ -12,9 +12,9 @@ Exploration comes last, so that each item's probability to stand where it stands
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -59,8 +59,14 @@ class BoostConfig(MatchConfig):
     """What the item's score is multiplied with: 2 doubles it, 0.5 halves it."""
 
 
+def _item_id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not canonical_id(value):
+        raise ValueError("an id is a text that is not empty, or a number")
+    return canonical_id(value)
+
+
 class PinConfig(FrozenConfig):
-    item_id: Annotated[str, BeforeValidator(canonical_id)]
+    item_id: Annotated[str, BeforeValidator(_item_id)]
     """The item. One that a request excludes or filters out, or that was deleted, leaves its place to others."""
     place: PositiveInt
     """1 is the first of the page. A page that ends before does not have it."""
@@ -116,6 +122,25 @@ class RulesConfig(FrozenConfig):
     def filter(self) -> Filter:
         """The blocks as conditions of every query."""
         return tuple(Condition(b.column, none=b.texts) for b in self.blocks)
+
+
+def unfit(rules: RulesConfig, kinds: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(dotted path below rules, sentence) of each boost and block that the items' columns, name -> kind, cannot meet."""
+    for part, matches in (("boosts", rules.boosts), ("blocks", rules.blocks)):
+        for index, match in enumerate(matches):
+            kind = kinds.get(match.column)
+            if match.column != "item_id" and kind is None:
+                known = ", ".join(["item_id", *kinds])
+                yield f"{part}.{index}.column", f"names '{match.column}', which no item column declares; known: {known}"
+            elif kind in ("number", "bins") and not all(_is_number(v) for v in match.values):
+                yield f"{part}.{index}.values", f"are not all numbers, as '{match.column}' holds"
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

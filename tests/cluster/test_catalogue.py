@@ -82,3 +82,36 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     assert """line 1 is {"name": "x"}, expected an object with 'sku'. Nothing was changed.""" in told
     (folder / "odd.jsonl").write_text('{"sku": "x"}\n\n{"sku": y}\n')
     assert "line 3 is not JSON (Expecting value: line 1 column 9" in run(folder, "items", "upsert", str(folder / "odd.jsonl")).output
+
+
+def test_rules_of_a_file_are_set_shown_and_cleared(folder: Path) -> None:
+    (folder / "rules.yaml").write_text(
+        "blocks: [{column: item_id, values: [i2, 7]}]\nnovelty: {weight: 0.5}\npins: [{item_id: 242, place: 1}]\n"
+    )
+    assert "Live rules 1 are in the store." in run(folder, "rules", "set", str(folder / "rules.yaml")).output
+    shown = run(folder, "rules", "show", "-s", "rules.blocks=[{column: colour, values: [red]}]").output
+    assert "# rules of the configuration; live rules 1 lie over it" in shown
+    assert "  - {column: item_id, values: [i2, 7]}  # live" in shown
+    assert "  - {column: colour, values: [red]}  # configuration" in shown
+    assert "  - {item_id: '242', place: 1}  # live" in shown
+    assert "  weight: 0.5  # live" in shown
+    assert "  half_life_h: 720.0  # configuration" in shown
+    assert "are taken back (2)" in run(folder, "rules", "clear").output
+    shown = run(folder, "rules", "show").output
+    assert "# live" not in shown
+    assert "blocks: []" in shown
+
+
+def test_a_file_of_faulty_rules_changes_nothing_and_says_where(folder: Path) -> None:
+    wrong = folder / "rules.yaml"
+    for text, words in {
+        "blocks:\n- {column: brand, values: [x]}\n": f"{wrong}:1: blocks.0.column names 'brand', which no item column declares",
+        "unwanted: 3\nblock: []\n": f"{wrong}:2: block is not a known key. Did you mean 'blocks'?",
+        "new_items: {factor: .inf}\n": "a number is not finite",
+        "- 1\n": str(wrong),
+    }.items():
+        wrong.write_text(text)
+        done = run(folder, "rules", "set", str(wrong))
+        assert done.exit_code == 2
+        assert words in " ".join(done.output.replace("\n", "").split()), done.output
+    assert "# live" not in run(folder, "rules", "show").output

@@ -73,6 +73,15 @@ class ItemLogContract:
         log.show({"a": 3})
         assert log.shown() == {"a": 5, "b": 1}
 
+    def test_the_newest_rules_stand_and_every_telling_has_a_number(self, log: ItemLog) -> None:
+        assert log.since(0).rules == (0, b"")
+        assert log.rule(b'{"a": " 7"}') == 1
+        position = log.change([ItemChange("a", {})])
+        assert log.since(0).rules == log.since(position).rules == (1, b'{"a": " 7"}')
+        assert [log.rule(b""), log.since(position).rules] == [2, (2, b"")], "taken back"
+        assert log.rule("Äpfel".encode()) == 3
+        assert log.since(0).rules == (3, "Äpfel".encode())
+
     def test_what_json_cannot_hold_is_refused(self, log: ItemLog) -> None:
         with pytest.raises(StoreError, match="Item 'a' cannot be written as JSON"):
             log.change([ItemChange("a", {"x": object()})])
@@ -130,7 +139,9 @@ def test_a_restarted_server_has_what_was_answered(tmp_path) -> None:
     with EmbeddedValkey(tmp_path / "store") as server:
         log = RedisItemLog(server.url)
         position = log.change([ItemChange("a", {"x": 1}), ItemChange("b", None)])
+        log.rule(b"rules")
         before = log.since(0)
+        assert before.rules == (1, b"rules")
         log.close()
     with EmbeddedValkey(tmp_path / "store") as server:
         log = RedisItemLog(server.url)

@@ -513,6 +513,7 @@ class TestTheRest:
             "/v1/items/{one_id}",
             "/v1/users",
             "/v1/users/{one_id}",
+            "/v1/rules",
             "/v1/ingest",
             "/healthz",
             "/readyz",

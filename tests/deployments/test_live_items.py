@@ -43,14 +43,19 @@ class DownLog(MemoryItemLog):
             raise StoreUnavailableError("connection refused")
         return super().change(changes)
 
+    def rule(self, document: bytes) -> int:
+        if self.down:
+            raise StoreUnavailableError("connection refused")
+        return super().rule(document)
+
 
 class Talk:
     """A gateway over the small bundle, its store and its log."""
 
-    def __init__(self, small: Small, **limits: Any) -> None:
+    def __init__(self, small: Small, *, rules: RulesConfig | None = None, **limits: Any) -> None:
         self.items, self.store = DownLog(), MemoryStore()
         self.follower = ItemsFollower(self.items, poll_s=0.01)
-        self.rollout = Rollout(small.registry, self.follower.loading(Funnel.load), poll_s=3600)
+        self.rollout = Rollout(small.registry, self.follower.loading(Funnel.load, rules), poll_s=3600)
         self.rollout.start()
         self.config = ServeConfig(**PATIENT, limits=LimitsConfig(**limits))
 
