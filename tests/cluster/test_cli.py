@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "init", "data fetch", "data validate", "data describe", "prepare", "train", "tune", "evaluate", "recommend", "features describe",
     "publish", "promote", "rollback", "versions", "config check", "config show", "retrain", "impressions", "skew",
-    "ingest status", "ingest dead-letters", "items upsert", "items delete", "users upsert", "users delete",
+    "ingest status", "ingest dead-letters", "items upsert", "items delete", "users upsert", "users delete", "rules show", "rules set", "rules clear",
 )  # fmt: skip
 runner = CliRunner()
 
