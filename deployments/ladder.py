@@ -23,6 +23,7 @@ from recsys.core import Candidates, Queries, Used
 from recsys.errors import VersionAbsentError
 from recsys.features.store import UserState
 from recsys.funnel import STAGES, Funnel, FunnelRequest, PageItem
+from recsys.page import LeftOut
 from recsys.recall.cold_start import Rung, rung_of
 from recsys.serve_config import TimeoutsConfig
 
@@ -53,6 +54,8 @@ class Answer(NamedTuple):
     degraded: tuple[Degraded, ...]
     timings: Mapping[str, float]
     cold_start: Rung | None = None
+    left_out: Sequence[LeftOut] = ()
+    """Pins that it does not have, where the request asks for explanations."""
 
 
 @dataclass(slots=True, eq=False)
@@ -251,12 +254,14 @@ class Ladder:
     def _fulfil(self, batch: Batch) -> None:
         if len(batch.view.pages) != len(batch.view.rows):
             batch.view = _taken(batch.funnel, "page", batch.view)
-        _, _, candidates, degraded, pages = batch.view
+        _, queries, candidates, degraded, pages = batch.view
         used = candidates.used if candidates is not None else None
         for b, (row, page) in enumerate(zip(batch.view.rows, pages, strict=True)):
             if not row.answer.done():
                 rung = rung_of(candidates, b)
-                row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings, rung))
+                asked = row.request.explain and queries is not None and (row.request.pins or batch.funnel.config.rules.pins)
+                left_out = batch.funnel.pins_left_out(queries, b, row.request.pins, page) if asked and queries is not None else ()
+                row.answer.set_result(Answer(page, batch.funnel.version, degraded, batch.timings, rung, left_out))
                 if row.request_id and self._on_page is not None:
                     self._on_page(Shown(row, page, used, b, batch.funnel, degraded, rung))
         if self._on_batch is not None:
@@ -336,4 +341,12 @@ def _head(candidates: Candidates, keep: int) -> Candidates:
 
 def _bare(request: FunnelRequest) -> FunnelRequest:
     """The request without what may have broken it; what must not come back still does not."""
-    return FunnelRequest(request.user_id, request.k, request.at, exclude=request.exclude, filter=request.filter)
+    return FunnelRequest(
+        request.user_id,
+        request.k,
+        request.at,
+        exclude=request.exclude,
+        explain=request.explain,
+        filter=request.filter,
+        pins=request.pins,
+    )

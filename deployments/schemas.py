@@ -250,6 +250,14 @@ class Fallback(BaseModel):
     reason: Reason
 
 
+class PinLeftOut(BaseModel):
+    """A pin that the page does not have, and why."""
+
+    item_id: str
+    place: int
+    reason: str
+
+
 class Page(BaseModel):
     """The answer of /v1/recommend and /v1/rank."""
 
@@ -261,6 +269,8 @@ class Page(BaseModel):
     timings_ms: dict[str, float]
     cold_start: Rung | None = None
     """Of a user without a history: what the page leans on beside the models (interests, segment, content, popular)."""
+    pins_left_out: list[PinLeftOut] | None = None
+    """With `explain`: the pins, of the request and of the rules, that the page does not have."""
 
 
 class Rejected(BaseModel):

@@ -436,6 +436,7 @@ def _shown(answer: Answer, request_id: str, variant: str, started: float) -> byt
             "timings_ms": timings,
         }
         | ({} if answer.cold_start is None else {"cold_start": answer.cold_start})
+        | ({"pins_left_out": [pin._asdict() for pin in answer.left_out]} if answer.left_out else {})
     )
 
 

@@ -33,7 +33,7 @@ from recsys.features.live_items import ItemRecord
 from recsys.features.schema import FeatureSpace
 from recsys.features.states import load_live
 from recsys.models.two_tower import TwoTower
-from recsys.page import PageItem, pages
+from recsys.page import LeftOut, PageItem, pages
 from recsys.prepared import load_columns
 from recsys.recall.cold_start import led, stand
 from recsys.recall.content import ContentConfig
@@ -41,7 +41,7 @@ from recsys.recall.merge import merge
 from recsys.recall.popular import first_of
 from recsys.requests import FunnelRequest, Past, query_of
 from recsys.rerank.diversity import MMR, MMRConfig
-from recsys.rerank.rules import Known, MatchConfig, Rules, RulesConfig, lifted, unfit
+from recsys.rerank.rules import RULES, Known, MatchConfig, Rules, RulesConfig, lifted, pinned, unfit, unmoved
 from recsys.similar import check_similar_users, similar_items, similar_items_now, similar_users
 
 __all__ = ["POPULAR", "STAGES", "Funnel", "FunnelRequest", "PageItem"]
@@ -266,7 +266,7 @@ class Funnel:
         eligibility = self._eligibility(queries)
         candidates = eligibility.shown(candidates)
         if isinstance(self.reranker, MMR):
-            known = Known(lambda _, wanted, items: eligibility.passes(wanted, items), self.items.row, self._shown_often, eligibility.may)
+            known = self._known(eligibility)
             base = led(candidates, candidates.scores, self.config.cold_start)
             out = Rules(self.config.rules, self.reranker, known, self.reranker.vectors).rerank(queries, candidates, k, base=base)
         elif self.reranker is not None:
@@ -306,7 +306,49 @@ class Funnel:
         place = np.arange(1, chosen.shape[1] + 1)
         values = np.where(chosen == UNKNOWN, -np.inf, 1 / place).astype(np.float32)
         ranks = np.where(chosen == UNKNOWN, 0, place).astype(np.int16)
-        return Candidates(chosen, values, (POPULAR,), values[:, :, None], ranks[:, :, None], stage=POPULAR)
+        found = Candidates(chosen, values, (POPULAR,), values[:, :, None], ranks[:, :, None], stage=POPULAR)
+        return self._with_pins(queries, found) if self.config.rules.pins or queries.wishes is not None else found
+
+    def _known(self, eligibility: Eligibility) -> Known:
+        return Known(lambda _, wanted, items: eligibility.passes(wanted, items), self.items.row, self._shown_often, eligibility.may)
+
+    def _with_pins(self, queries: Queries, found: Candidates) -> Candidates:
+        """A page that no re-rank has seen, with its pins: they hang on the catalogue alone."""
+        k = int(queries.k.max(initial=1))
+        filled = pinned(self.config.rules.pins, self._known(self._eligibility(queries)), queries, found, unmoved(found), k=k)
+        if queries.explain:
+            filled.page.trail = {**filled.page.trail, RULES: (filled.reasons.astype(np.int16), filled.chance)}
+        return filled.page
+
+    def pins_left_out(self, queries: Queries, b: int, pins: Sequence[tuple[str, int]], page: Sequence[PageItem]) -> list[LeftOut]:
+        """The pins of query b, its own (item id, place) and the configured ones, that its page does not have, and why."""
+        out: list[LeftOut] = []
+        places: dict[int, int] = {}
+        there, k = [item.item_id for item in page], int(queries.k[b])
+        for item_id, place in (*pins, *((p.item_id, p.place) for p in self.config.rules.pins)):
+            row = self.items.row(item_id)
+            why = self._why_not_pinned(queries, b, row)
+            if not why and place > k:
+                why = f"the page has {k} places"
+            elif not why and (place in places or row in places.values()):
+                why = "a pin before it has its place" if place in places else "a pin before it has the item"
+            elif not why:
+                places[place] = row
+                if item_id not in there:
+                    why = "the stage that pins was not reached"
+            if why:
+                out.append(LeftOut(item_id, place, why))
+        return out
+
+    def _why_not_pinned(self, queries: Queries, b: int, row: int) -> str:
+        if row == UNKNOWN:
+            return "no such item is known"
+        if not self.shows(row):
+            return "the item was deleted or is blocked"
+        if row in queries.exclude[b]:
+            return "the request excludes it, or the user has had it"
+        one = queries.take([b])
+        return "" if self._eligibility(one).may(one, np.array([[row]]))[0, 0] else "the request's filter does not let it pass"
 
     def rank(self, queries: Queries, item_ids: Sequence[Sequence[str]]) -> Candidates:
         """The fine stage over given items (unknown ids are left out): nothing recalled them, so no channel vouches for them."""

@@ -24,6 +24,14 @@ class PageItem(NamedTuple):
     """The probability with which it stands at its place; below 1 where places are explored."""
 
 
+class LeftOut(NamedTuple):
+    """A pin that a page does not have, and why."""
+
+    item_id: str
+    place: int
+    reason: str
+
+
 def pages(
     queries: Queries, candidates: Candidates, *, items: Vocabulary, titles: pa.Array | None, delta: Delta | None
 ) -> list[list[PageItem]]:

@@ -188,7 +188,7 @@ class Rules:
             reasons = self._moved(candidates, start, page, why, reasons)
         filled = _Filled(page, reasons, np.where(page.items == UNKNOWN, 0, 1).astype(np.float32))
         if self.config.pins or any(w is not None and w.pins for w in wishes):
-            filled = self._pinned(queries, start, filled, k)
+            filled = pinned(self.config.pins, self.known, queries, start, filled, k=k)
         if explores := self.config.explore.share > 0 or bool(self.config.explore.new_users):
             filled = self._explored(queries, start, filled, wishes)
         if queries.explain or explores:
@@ -262,7 +262,7 @@ class Rules:
                     out[b, n] = code if (n < place[item]) == up and n != place[item] else reasons[b, n]
         return out
 
-    # ---- exploration and pins -------------------------------------------------------------------------------------
+    # ---- exploration -------------------------------------------------------------------------------------
 
     def _explored(self, queries: Queries, start: Candidates, before: _Filled, wishes: Sequence[Wishes | None]) -> _Filled:
         """Each place from `first_place` on that has no pin goes, with probability `share`, to one of the candidates that are not
@@ -306,40 +306,46 @@ class Rules:
         new = start.cold is not None and bool(start.cold[b, 0])
         return c.share if c.new_users is None or not new else c.new_users
 
-    def _pinned(self, queries: Queries, start: Candidates, before: _Filled, k: int) -> _Filled:
-        """Pins at their places; an item that no channel recalled comes with a score of 0. The page stays as long as it can be."""
-        page, reasons, chance = before
-        B, wishes = len(page), queries.wishes or (None,) * len(page)
-        always = [(self.known.row(p.item_id), p.place) for p in self.config.pins]
-        wanted = [[*(w.pins if (w := wishes[b]) is not None else ()), *always] for b in range(B)]
-        rows = np.full((B, max(map(len, wanted), default=0)), UNKNOWN, np.int32)
-        for b, pins in enumerate(wanted):
-            rows[b, : len(pins)] = [row for row, _ in pins]
-        may = (rows != UNKNOWN) & self.known.may(queries, rows) & ~among(rows, queries.exclude)
-        strangers = np.where(may & ~among(rows, start.items), rows, UNKNOWN)
-        wide = _with(start, strangers)
-        slots, out_why, out_chance = np.full((B, k), UNKNOWN, np.int64), np.zeros((B, k), np.int8), np.zeros((B, k), np.float32)
-        empty = wide.width - 1  # the last slot of `_with` is empty
-        for b in range(B):
-            at = {int(item): n for n, item in reversed(list(enumerate(wide.items[b].tolist()))) if item != UNKNOWN}
-            fixed: dict[int, int] = {}
-            for (row, place), ok in zip(wanted[b], may[b, : len(wanted[b])].tolist(), strict=True):
-                if ok and place <= k and place - 1 not in fixed and row not in fixed.values():
-                    fixed[place - 1] = row
-            others = [n for n, item in enumerate(page.items[b].tolist()) if item != UNKNOWN and item not in fixed.values()]
-            length = min(k, len(others) + len(fixed))
-            places = sorted(p for p in fixed)
-            # A pin behind the end of a short page moves up to its end.
-            taken = {min(p, length - 1 - (len(places) - 1 - i)): fixed[p] for i, p in enumerate(places)}
-            rest = iter(others)
-            for n in range(length):
-                if n in taken:
-                    slots[b, n], out_why[b, n], out_chance[b, n] = at[taken[n]], PINNED, 1.0
-                else:
-                    m = next(rest)
-                    slots[b, n], out_why[b, n], out_chance[b, n] = at[int(page.items[b, m])], reasons[b, m], chance[b, m]
-        slots = np.where(slots == UNKNOWN, empty, slots)
-        return _Filled(_page_of(wide, slots), out_why, out_chance)
+
+def unmoved(page: Candidates) -> _Filled:
+    """A page on which nothing was done yet."""
+    return _Filled(page, np.zeros(page.items.shape, np.int8), np.where(page.items == UNKNOWN, 0, 1).astype(np.float32))
+
+
+def pinned(pins: Sequence[PinConfig], known: Known, queries: Queries, start: Candidates, before: _Filled, *, k: int) -> _Filled:
+    """Pins at their places; an item that no channel recalled comes with a score of 0. The page stays as long as it can be."""
+    page, reasons, chance = before
+    B, wishes = len(page), queries.wishes or (None,) * len(page)
+    always = [(known.row(p.item_id), p.place) for p in pins]
+    wanted = [[*(w.pins if (w := wishes[b]) is not None else ()), *always] for b in range(B)]
+    rows = np.full((B, max(map(len, wanted), default=0)), UNKNOWN, np.int32)
+    for b, asked in enumerate(wanted):
+        rows[b, : len(asked)] = [row for row, _ in asked]
+    may = (rows != UNKNOWN) & known.may(queries, rows) & ~among(rows, queries.exclude)
+    strangers = np.where(may & ~among(rows, start.items), rows, UNKNOWN)
+    wide = _with(start, strangers)
+    slots, out_why, out_chance = np.full((B, k), UNKNOWN, np.int64), np.zeros((B, k), np.int8), np.zeros((B, k), np.float32)
+    empty = wide.width - 1  # the last slot of `_with` is empty
+    for b in range(B):
+        at = {int(item): n for n, item in reversed(list(enumerate(wide.items[b].tolist()))) if item != UNKNOWN}
+        fixed: dict[int, int] = {}
+        for (row, place), ok in zip(wanted[b], may[b, : len(wanted[b])].tolist(), strict=True):
+            if ok and place <= k and place - 1 not in fixed and row not in fixed.values():
+                fixed[place - 1] = row
+        others = [n for n, item in enumerate(page.items[b].tolist()) if item != UNKNOWN and item not in fixed.values()]
+        length = min(k, len(others) + len(fixed))
+        places = sorted(p for p in fixed)
+        # A pin behind the end of a short page moves up to its end.
+        taken = {min(p, length - 1 - (len(places) - 1 - i)): fixed[p] for i, p in enumerate(places)}
+        rest = iter(others)
+        for n in range(length):
+            if n in taken:
+                slots[b, n], out_why[b, n], out_chance[b, n] = at[taken[n]], PINNED, 1.0
+            else:
+                m = next(rest)
+                slots[b, n], out_why[b, n], out_chance[b, n] = at[int(page.items[b, m])], reasons[b, m], chance[b, m]
+    slots = np.where(slots == UNKNOWN, empty, slots)
+    return _Filled(_page_of(wide, slots), out_why, out_chance)
 
 
 def lifted(scores: np.ndarray, factor: np.ndarray) -> np.ndarray:

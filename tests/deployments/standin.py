@@ -29,7 +29,9 @@ class StandIn:
         self.version, self.break_at, self.slow_at, self.slow_s = version, break_at, slow_at, slow_s
         self.items = Vocabulary([f"i{n}" for n in range(N)])
         self.users = Vocabulary([f"u{n}" for n in range(10)])
-        self.config = SimpleNamespace(coarse_rank=SimpleNamespace(keep=50), fine_rank=SimpleNamespace(keep=20))
+        self.config = SimpleNamespace(
+            rules=SimpleNamespace(pins=()), coarse_rank=SimpleNamespace(keep=50), fine_rank=SimpleNamespace(keep=20)
+        )
         self.batches: list[int] = []
         parity = {"parity": ["even", "odd"] * (N // 2)}
         self.filters = Filters(Catalogue.of({"parity": ColumnConfig(kind="category")}, parity, N), self.items)

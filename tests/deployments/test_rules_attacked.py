@@ -194,6 +194,38 @@ def test_what_is_blocked_deleted_excluded_filtered_out_or_unknown_cannot_be_pinn
     assert len(set(ids(found))) == 8
 
 
+def test_a_pin_that_the_page_does_not_have_is_named_with_the_reason(attacked: Attacked) -> None:
+    pins = [{"item_id": one, "place": n + 1} for n, one in enumerate([BLOCKED, DELETED, "nobody", "i12", "i1", "i14", "i16"])]
+    body = {"user_id": "new", "k": 6, "pins": [*pins, {"item_id": "i18", "place": 6}, {"item_id": "i14", "place": 5}]}
+    heard = attacked.ask(body | {"exclude": ["i12"], "filter": {"colour": "red"}, "explain": True})
+    found = [(pin["item_id"], pin["place"], pin["reason"]) for pin in heard.json["pins_left_out"]]
+    assert found == [
+        (BLOCKED, 1, "the item was deleted or is blocked"),
+        (DELETED, 2, "the item was deleted or is blocked"),
+        ("nobody", 3, "no such item is known"),
+        ("i12", 4, "the request excludes it, or the user has had it"),
+        ("i1", 5, "the request's filter does not let it pass"),
+        ("i16", 7, "the page has 6 places"),
+        ("i18", 6, "a pin before it has its place"),
+        ("i14", 5, "a pin before it has the item"),
+        (BLOCKED, 1, "the item was deleted or is blocked"),
+        ("gone", 2, "no such item is known"),
+    ]
+    assert "pins_left_out" not in attacked.ask(body).json
+
+
+def test_the_last_rung_keeps_its_pins(attacked: Attacked) -> None:
+    pins = [{"item_id": "i21", "place": 1}, {"item_id": LATER, "place": 4}, {"item_id": BLOCKED, "place": 2}]
+    body = {"user_id": "new", "k": 5, "timeout_ms": 1e-6, "pins": pins, "explain": True}
+    heard = attacked.ask(body)
+    assert heard.json["degraded"][0]["rung"] == "popular"
+    found = heard.json["items"]
+    assert (ids(found)[0], ids(found)[2], ids(found)[3]) == ("i21", "i10", LATER)
+    assert [i["explain"]["rule"] for i in found] == ["pinned", "", "pinned", "pinned", ""]
+    assert len(set(ids(found))) == 5
+    assert [pin["item_id"] for pin in heard.json["pins_left_out"]] == [BLOCKED, BLOCKED, "gone"]
+
+
 def test_an_item_that_came_later_can_be_pinned(attacked: Attacked) -> None:
     assert ids(attacked.page(pins=[{"item_id": LATER, "place": 1}]))[0] == LATER
 
