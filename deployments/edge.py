@@ -19,7 +19,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from deployments.resilience import Seldom
-from deployments.schemas import Accepted, EventBody, FaultAnswer, ItemBody, Kept, Page, RankBody, RecommendBody, Ruled, RulesKept, UserBody
+from deployments.schemas import (
+    Accepted,
+    EventBody,
+    FaultAnswer,
+    HeldItem,
+    HeldUser,
+    ItemBody,
+    Kept,
+    Page,
+    RankBody,
+    RecommendBody,
+    Ruled,
+    RulesKept,
+    UserBody,
+)
 from deployments.service import Service
 from recsys.errors import RequestError, StoreUnavailableError
 from recsys.rerank.live_rules import LiveRules
@@ -189,6 +203,16 @@ def documented(hot: dict[str, Handler], service: Service) -> FastAPI:
     @api.get("/v1/users/{user_id:path}/similar", responses={404: {"model": FaultAnswer}}, summary="A user's neighbours, as of now")
     async def similar_users(user_id: str, request: Request, k: int = 10) -> Response:
         return await _without_body(request, lambda request_id: service.similar_users(user_id, k, request_id))
+
+    def held(path: str, answer: type, look: Callable[[str], Awaitable[bytes]], summary: str) -> None:
+        async def handler(one_id: str, request: Request) -> Response:
+            return await _without_body(request, lambda _: look(one_id))
+
+        api.get(path, response_model=answer, responses={404: {"model": FaultAnswer}}, summary=summary, operation_id=f"GET{path}")(handler)
+
+    # After /similar, which they would match too.
+    held("/v1/items/{one_id:path}", HeldItem, service.lookups.item, "What the service holds of an item")
+    held("/v1/users/{one_id:path}", HeldUser, service.lookups.user, "What the service holds of a user")
 
     @api.get("/healthz", summary="The process answers")
     async def healthz() -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -198,6 +198,43 @@ class UserBody(Body):
     """The user, known or not."""
     columns: dict[str, Any] = Field(default_factory=dict)
     """Values of declared user columns. One that is left out keeps its value; null takes it away."""
+
+
+class HeldItem(BaseModel):
+    """The answer of GET /v1/items/{id}."""
+
+    item_id: str
+    known: Literal["production", "live"]
+    """Whether the version that answers was trained with it, or it came later."""
+    model_version: str
+    deleted: bool
+    blocked: bool
+    """By the rules that are in force."""
+    title: str | None
+    columns: dict[str, Any]
+    """Declared columns, by the version and by what was told since; null where there is no value."""
+    changed_ms: int | None
+    """When it was last told of, in Unix milliseconds; null: not since the log of items began."""
+    shown: int | None
+    """Times shown so far, of an item that came later; null: not counted."""
+
+
+class HeldUser(BaseModel):
+    """The answer of GET /v1/users/{id}."""
+
+    user_id: str
+    known: Literal["production", "live"]
+    """Whether the version that answers was trained with the user's events, or the user came later."""
+    model_version: str
+    profile: dict[str, Any]
+    """What PUT /v1/users told."""
+    trained_events: int
+    """Newest events of the training log that the version brings along."""
+    live_events: int
+    """Recent events in the store."""
+    newest_event_ms: int | None
+    has_counters: bool
+    """Whether the consumers have counted anything for this user."""
 
 
 class Ruled(BaseModel):

@@ -21,6 +21,7 @@ from deployments.impressions import ImpressionLog
 from deployments.ladder import Answer, Ladder, Row, Shown, StageCall
 from deployments.live_items import ItemsFollower
 from deployments.live_rules import RulesDesk
+from deployments.lookup import Lookups
 from deployments.monitoring import Monitor
 from deployments.resilience import Deadline, Degraded, called_twice, reason_of
 from deployments.rollout import Rollout
@@ -98,6 +99,7 @@ class Service:
         items = items or MemoryItemLog()
         self.catalogue = CatalogueWrites(rollout, store, items, config.limits)
         self.rules = RulesDesk(rollout, items, follower, config.limits)
+        self.lookups = Lookups(rollout, store, config.limits)
         self._follower = follower
         self._appender = Appender(store, most=append_batch)
         self._ingest_status, self._counters_state, self._stage_states = ingest_status, counters_state, stage_states

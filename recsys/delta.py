@@ -414,11 +414,11 @@ def _crossed(live: Live, space: FeatureSpace, name: str, given: Sequence[Mapping
 def _values(parts: Parts, fresh: Sequence[tuple[int, ItemRecord]]) -> Catalogue:
     """What filters and content read of records."""
     held = parts.catalogue
-    frame = {name: [_value(held, name, row, r) for row, r in fresh] for name in held.columns}
+    frame = {name: [value_of(held, name, row, r) for row, r in fresh] for name in held.columns}
     return Catalogue.of(held.columns, frame, len(fresh))
 
 
-def _value(held: Catalogue, name: str, row: int, record: ItemRecord) -> Any:
+def value_of(held: Catalogue, name: str, row: int, record: ItemRecord) -> Any:
     """A record's value of a column, else the bundle's."""
     given = record.columns or {}
     if name in given or row >= held.n:

@@ -374,7 +374,7 @@ class Funnel:
         else:
             rows, scores = similar_items(row, most, self.channels, self.vectors)
         if most > k:
-            free = ~self._blocked(rows)
+            free = ~self.blocked(rows)
             rows, scores = rows[free][:k], scores[free][:k]
         return list(zip(self.items.outside(rows), map(float, scores), strict=True))
 
@@ -386,10 +386,10 @@ class Funnel:
         """Those of these rows that may be shown."""
         asked = np.array(rows, np.int64)
         hidden = asked == UNKNOWN if self.delta is None else (asked == UNKNOWN) | self.delta.absent(asked)
-        shown: list[int] = asked[~hidden & ~self._blocked(asked)].tolist()
+        shown: list[int] = asked[~hidden & ~self.blocked(asked)].tolist()
         return shown
 
-    def _blocked(self, rows: np.ndarray) -> np.ndarray:
+    def blocked(self, rows: np.ndarray) -> np.ndarray:
         """(n,) item rows -> (n,) bool: what the rules let nobody see."""
         now, free = Eligibility(self._parts(), self.delta), np.ones(len(rows), bool)
         for condition in self.config.rules.filter:
