@@ -154,15 +154,16 @@ class Group:
             got = one if got is None else _pool(f.monoid, got, one)
         return f.monoid.value(f.monoid.init(), at) if got is None else got
 
-    def stands_until(self, state: GroupState, at: Instant) -> float:
-        """The first time at which `value` may be another than at `at`, decays apart, though no event comes; Unix seconds."""
+    def closed(self, state: GroupState, at: Instant) -> tuple[GroupState, float]:
+        """(The state of what came before `at`, with nothing pending; the first time at which a value of `state` may be another than
+        at `at`, decays apart, though no event comes: Unix seconds.)"""
         n = bisect_left(state.pending, at, key=ORDER)
-        out = state.pending[n].time if n < len(state.pending) else math.inf
-        for f, held in zip(self.features, state.settled, strict=True):
+        until = state.pending[n].time if n < len(state.pending) else math.inf
+        settled = self._taken(state.settled, state.pending[:n]) if n else state.settled
+        for f, held in zip(self.features, settled, strict=True):
             if not isinstance(f.monoid, Ends):
-                seen = _said(f.signal, state.pending[:n])
-                out = min(out, f.monoid.stands_until(f.monoid.take(held, seen) if seen else held, at.time))
-        return out
+                until = min(until, f.monoid.stands_until(held, at.time))
+        return GroupState(state.newest, (), settled), until
 
     def _settled(self, newest: float, pending: tuple[Event, ...], settled: tuple[Any, ...]) -> GroupState:
         horizon = newest - self.lateness_s
@@ -170,14 +171,16 @@ class Group:
         n = max(n, len(pending) - self.most_pending)
         if n <= 0:
             return GroupState(newest, pending, settled)
-        old = [_said(i, pending[:n]) for i in range(len(self.signals))]
+        taken = self._taken(settled, pending[:n])
         return GroupState(
-            newest,
-            pending[n:],
-            tuple(
-                f.monoid.settled(f.monoid.take(held, said) if (said := old[f.signal]) else held, horizon)
-                for f, held in zip(self.features, settled, strict=True)
-            ),
+            newest, pending[n:], tuple([f.monoid.settled(held, horizon) for f, held in zip(self.features, taken, strict=True)])
+        )
+
+    def _taken(self, settled: tuple[Any, ...], events: Sequence[Event]) -> tuple[Any, ...]:
+        """States of the aggregates with what events say to them."""
+        said = [_said(i, events) for i in range(len(self.signals))]
+        return tuple(
+            [f.monoid.take(held, mine) if (mine := said[f.signal]) else held for f, held in zip(self.features, settled, strict=True)]
         )
 
 

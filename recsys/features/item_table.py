@@ -1,7 +1,7 @@
 """Item-side values kept as arrays between snapshots: computed anew is what an event changed, or the clock; the rest is looked at.
 
 Which keys an event changed is told by the state itself, which is another object then. When the clock alone will change a value is
-known when it is computed (`Group.stands_until`); what decays is carried on by arithmetic on the whole column.
+known when it is computed (`Group.closed`); what decays is carried on by arithmetic on the whole column.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class ItemTable:
             self._until = np.concatenate([self._until, np.empty(more)])
             self._amounts = [np.concatenate([x, np.empty((more, x.shape[1]))]) for x in self._amounts]
             self._last = [np.concatenate([x, np.empty(more)]) for x in self._last]
-        states = [self._states[row] for row in rows.tolist()]
-        found = looked(self.group, enumerate(states), Instant(at, LATEST), self._code)
+        closed = [self.group.closed(self._states[row], Instant(at, LATEST)) for row in rows.tolist()]
+        found = looked(self.group, enumerate(state for state, _ in closed), Instant(at, LATEST), self._code)
         for kept, new in zip(self._amounts, found.amounts, strict=True):
             kept[rows] = new
         for kept, new in zip(self._last, found.last, strict=True):
             if len(new):
                 kept[rows] = new
-        self._until[rows] = [self.group.stands_until(state, Instant(at, LATEST)) for state in states]
+        self._until[rows] = [until for _, until in closed]
 
     def _code(self, of: str, value: object) -> float:
         return float(value) if of == "value" else float(self._texts.setdefault(str(value), len(self._texts)))  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Cod
         mark = digest(group)
         tables = {p: part.tables[mark] for p, part in parts.items() if mark in part.tables}
         if tables:
-            groups[number] = _looked(group, tables, coder)
+            groups[number] = coded(group, tables, coder)
         elif number in fallback.groups:
             groups[number] = fallback.groups[number]
     if not parts:
@@ -123,7 +123,8 @@ def decayed_counts(parts: Mapping[int, Part], group: Group, items: Vocabulary) -
     return out, at
 
 
-def _looked(group: Group, tables: Mapping[int, pa.Table], coder: Coder) -> Looked:
+def coded(group: Group, tables: Mapping[int, pa.Table], coder: Coder) -> Looked:
+    """A group's tables by partition in a bundle's own codes, ascending; keys that it does not know are left out."""
     table = pa.concat_tables(tables.values())
     codes = np.concatenate([coder.of_keys(group, p, one["key"]) for p, one in tables.items()])
     order = np.argsort(codes, kind="stable")

@@ -68,6 +68,8 @@ class Tally:
     def merge(self, a: tuple[Part, ...], b: tuple[Part, ...]) -> tuple[Part, ...]:
         if not (a and b):
             return self._joined(a or b, -math.inf) if len(a or b) > 1 else a or b
+        if self.until == "now" and not self.buckets:
+            return (self.combined((*a, *b)),)
         # Parts of a state are apart: what lies before the last that begins before all of `b` stays as it is.
         untouched = max(bisect.bisect_right(a, min(b)[0], key=_BEGIN) - 1, 0)
         return (*a[:untouched], *self._joined(sorted((*a[untouched:], *b)), -math.inf))
