@@ -51,7 +51,7 @@ ROUND = 250
 """Events told in one call."""
 ROUND_S = 0.5
 """Between two calls: consumers could take ten times as many, and would meet fewer kills."""
-PAUSE_S = (5.0, 9.0)
+PAUSE_S = (6.0, 12.0)
 """Between two kills: a process of consumers takes 3 s to begin."""
 REPEATED = 100
 """Every so many events, one is told a second time."""
@@ -160,7 +160,7 @@ async def accepted(store: RedisStore, events: list[NewEvent]) -> int:
 
 
 async def replayed(config: Config, url: str, events: list[NewEvent], killed: Killed, console: Console) -> dict[str, Any]:
-    """Tell everything while consumers and the store die; wait until all of it is counted and in Parquet."""
+    """Tell everything while consumers and the store die; then wait until all of it is counted and in Parquet."""
     store, status = RedisStore(url, config.store, config.history), IngestStatus(config, url)
     known, began = 0, time.monotonic()
     for start in track(range(0, len(events), ROUND), "telling", console=console):
@@ -175,7 +175,6 @@ async def replayed(config: Config, url: str, events: list[NewEvent], killed: Kil
             said = {"events": 0}
         if said["events"] >= len(events) and not (said["lag"] or said["items_lag"] or said["parquet_lag"]):
             break
-        await killed.now_and_then()
         await asyncio.sleep(0.2)
     await store.close()
     await status.close()
