@@ -103,7 +103,7 @@ def _read(asof: AsOf, groups: Sequence[Group]) -> tuple[list[str], list[str], li
 _TYPES = {
     "user": np.int32,
     "item": np.int32,
-    "event": np.int8,
+    "event": np.int16,
     "value": np.float32,
     "told": np.bool_,
     "time": np.float64,

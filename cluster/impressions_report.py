@@ -26,7 +26,8 @@ from recsys.skew import Came, Report, compared
 def join(config: Config, console: Console, *, output: Path, folder: str | None, events: str | None, window_h: float) -> int:
     """Write the labelled examples of all logged pages; returns how many. The file is whole or not there."""
     shown = impressions.read(folder or f"{config.root}/impressions")
-    examples, account = impressions.joined(shown, live_log.read(events or config.place("events")), window_s=window_h * 3_600)
+    came_in = live_log.read(events or config.place("events"))
+    examples, account = impressions.joined(shown, came_in, window_s=window_h * 3_600, refusals=config.data.refusals)
     unfinished = output.with_name(f".unfinished-{output.name}")
     try:
         pq.write_table(examples, unfinished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from recsys.data.event_names import unclean
 from recsys.errors import StoreError
 from recsys.features.store import NewEvent, from_record
 
@@ -31,6 +32,8 @@ def _check(event: NewEvent, logged_ms: int, future_s: float) -> None:
             raise ValueError(f"'{name}' is {text!r:.60}, expected text that is not empty.")
         if 4 * len(text) > LONGEST_ID and len(text.encode()) > LONGEST_ID:  # a character takes four bytes at most
             raise ValueError(f"'{name}' has {len(text.encode())} bytes; at most {LONGEST_ID} are counted.")
+    if (why := unclean(event.event)) is not None:
+        raise ValueError(f"'event' is {event.event!r:.60}: it {why}.")
     if isinstance(event.time_ms, bool) or not isinstance(event.time_ms, int):
         raise ValueError(f"'time_ms' is {event.time_ms!r:.60}, expected milliseconds since 1970.")
     if not 0 <= event.time_ms <= logged_ms + 1000 * future_s:

@@ -3,6 +3,7 @@
 Keys, all of a user in one hash slot (ready for a cluster), p being the user's partition:
     rf:{p}:log            stream, the log; never expires and is never evicted (eviction takes only keys with a TTL)
     rf:{p}:h:<user>       string, the history (see `from_history`); TTL
+    rf:{p}:r:<user>       string, refused items as JSON, item -> time_ms; TTL, of features.history.refused_days
     rf:{p}:s:<user>       hash, the user's counters: written by consumers alone (cluster/partition.py); TTL
     rf:{p}:p:<user>       string, the profile as JSON; no TTL, nothing could rebuild it
     rf:{p}:e:<digest>     mark of an event already told; TTL
@@ -45,6 +46,7 @@ from recsys.features.store import (
     UserState,
     from_record,
     merged_profile,
+    newest_refusals,
     partition_of,
     to_record,
 )
@@ -62,17 +64,35 @@ PAUSE_S = 0.002, 0.1
 """Longest pause after the first and after any later miss: drawn at random, or equally fast writers could miss each other for long."""
 
 APPEND = """
--- KEYS: log, then mark and history of each event. ARGV: mark TTL (s), history TTL (s), history length, then entry and record of each.
--- An empty entry stays out of the history, an empty record out of the log. Answers a character per event: 1 where it was new.
+-- KEYS: log, then mark and history of each event; of a refusal, its user's refusals in place of the history. ARGV: mark TTL (s),
+-- history TTL (s), history length, refusals TTL (s), refusals kept, then entry, record and item of each. An empty entry stays out
+-- of the history, an empty record out of the log; the item is ! and the id for a refusal, whose entry is its time_ms, else empty.
+-- Answers a character per event: 1 where it was new.
 -- Where none was, a mark is written again as it is: whoever waits for disk and replicas waits for what their connection wrote.
 local limit, told, new = tonumber(ARGV[3]), {}, false
+local function refuse(key, item, time)
+  local held = cjson.decode(redis.call('GET', key) or '{}')
+  held[item] = math.max(held[item] or time, time)
+  local n = 0
+  for _ in pairs(held) do n = n + 1 end
+  while n > tonumber(ARGV[5]) do
+    local oldest
+    for id, at in pairs(held) do
+      if not oldest or at < held[oldest] or (at == held[oldest] and id < oldest) then oldest = id end
+    end
+    held[oldest], n = nil, n - 1
+  end
+  redis.call('SET', key, cjson.encode(held), 'EX', ARGV[4])
+end
 for i = 1, (#KEYS - 1) / 2 do
-  local mark, key, entry, record = KEYS[2 * i], KEYS[2 * i + 1], ARGV[2 * i + 2], ARGV[2 * i + 3]
+  local mark, key, entry, record, item = KEYS[2 * i], KEYS[2 * i + 1], ARGV[3 * i + 3], ARGV[3 * i + 4], ARGV[3 * i + 5]
   told[i] = redis.call('SET', mark, '', 'NX', 'EX', ARGV[1]) and '1' or '0'
   if told[i] == '1' then
     new = true
     if record ~= '' then redis.call('XADD', KEYS[1], '*', 'e', record) end
-    if entry ~= '' then
+    if item ~= '' then
+      refuse(key, string.sub(item, 2), tonumber(entry))
+    elseif entry ~= '' then
       local time, size = struct.unpack('<i8', entry), #entry - 8
       local count, index, body = 0, '', ''
       local held = redis.call('GET', key)
@@ -216,15 +236,21 @@ class RedisStore:
         by_partition: dict[int, list[int]] = defaultdict(list)
         for i, event in enumerate(events):
             by_partition[partition_of(event.user_id, self.config.partitions)].append(i)
-        limits = [math.ceil(self.config.duplicate_ttl_h * 3600), math.ceil(self.config.user_ttl_h * 3600), self.history.length]
+        history = self.history
+        limits = [math.ceil(self.config.duplicate_ttl_h * 3600), math.ceil(self.config.user_ttl_h * 3600), history.length]
+        limits += [math.ceil(history.refused_s), history.refused]
         calls, which = [], []
         for partition, mine in by_partition.items():
             for a in range(0, len(mine), EVENTS_A_CALL):
                 keys, values = [self._key(partition, "log")], list[Any](limits)
                 for i in mine[a : a + EVENTS_A_CALL]:
                     event = events[i]
+                    if history.refuses(event.event):
+                        keys += [self._mark(partition, event), self._key(partition, "r:", event.user_id)]
+                        values += [event.time_ms, record(event), b"!" + event.item_id.encode()]
+                        continue
                     keys += [self._mark(partition, event), self._key(partition, "h:", event.user_id)]
-                    values += [to_entry(event) if self.history.admits(event.event) else b"", record(event)]
+                    values += [to_entry(event) if history.admits(event.event) else b"", record(event), b""]
                 calls.append([len(keys), *keys, *values])
                 which.append(mine[a : a + EVENTS_A_CALL])
         return calls, which
@@ -257,7 +283,7 @@ class RedisStore:
     async def _read(self, user_ids: Sequence[str]) -> list[UserState]:
         await self._prepare()
         homes = [(partition_of(user_id, self.config.partitions), user_id) for user_id in user_ids]
-        names = [self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "p:")]
+        names = [self._key(p, part, user_id) for p, user_id in homes for part in ("h:", "r:", "p:")]
         async with self._redis.pipeline(transaction=False) as pipe:
             if self._clustered:  # MGET is of one slot
                 for name in names:
@@ -270,9 +296,20 @@ class RedisStore:
             if self._clustered:
                 held, counters = [held, *counters[: len(names) - 1]], counters[len(names) - 1 :]
         return [
-            UserState(from_history(h), orjson.loads(p) if p else {}, b"".join(c))
-            for h, p, c in zip(held[::2], held[1::2], counters, strict=True)
+            UserState(*self._parted(from_history(h), r), orjson.loads(p) if p else {}, b"".join(c))
+            for h, r, p, c in zip(held[::3], held[1::3], held[2::3], counters, strict=True)
         ]
+
+    def _parted(self, events: list[StoredEvent], held: bytes | None) -> tuple[list[StoredEvent], dict[str, int]]:
+        """The history and what was refused; a history written by an earlier release holds both."""
+        refused: dict[str, int] = orjson.loads(held) if held else {}
+        refuses = self.history.refuses
+        if not any(refuses(e.event) for e in events):
+            return events, refused
+        for e in events:
+            if refuses(e.event):
+                refused[e.item_id] = max(e.time_ms, refused.get(e.item_id, e.time_ms))
+        return [e for e in events if not refuses(e.event)], newest_refusals(refused, self.history.refused)
 
     async def change_profiles(self, changes: Mapping[str, ProfileChange]) -> None:
         """See FeatureStore. A profile that somebody else changed between being read and being written is read and merged again."""

@@ -216,7 +216,8 @@ def _pages(config: Config, prepared: Prepared, held: pa.Table) -> Pages | None:
         return None
     test = prepared.log.time[prepared.split.test]
     known = held.filter(pc.less(held["time_ms"], int(1000 * test.min(initial=np.inf)) if len(test) else 1 << 62))
-    labelled, _ = impressions.joined(impressions.read(root), known, window_s=3600 * config.retrain.click_window_h)
+    window_s, refusals = 3600 * config.retrain.click_window_h, config.data.refusals
+    labelled, _ = impressions.joined(impressions.read(root), known, window_s=window_s, refusals=refusals)
     rows = held.filter(pc.equal(held["event"], IMPRESSION)) if config.data.impressions else held.slice(0, 0)
     own = set(zip(rows["request_id"].to_pylist(), rows["item_id"].to_pylist(), strict=True))
     return Pages.of(labelled, prepared.log, without=own)
@@ -266,7 +267,7 @@ def _judged(config: Config, steps: Recipe, serving: Serving, console: Console) -
     newest = Newest.of(
         steps.prepared,
         among=serving.fresh,
-        history=config.history.length,
+        history=config.history,
         k=int(gate.metric.rpartition("@")[2]),
         again=not config.recall.exclude_seen,
         most=gate.users,

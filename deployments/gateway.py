@@ -147,6 +147,7 @@ class Gateway:
             items=items,
             follower=follower,
             append_batch=config.store.append_batch,
+            events=config.data.event_names,
             ingest_status=self._ingest_status.read,
             counters_state=counters.state if counters is not None else None,
         )

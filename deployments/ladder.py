@@ -169,7 +169,7 @@ class Ladder:
         finally:
             timings["user_state"] = 1000 * (time.perf_counter() - started)
         for row, state in zip(rows, states, strict=True):
-            row.request.events, row.request.counters = state.events, state.counters
+            row.request.events, row.request.refused, row.request.counters = state.events, state.refused, state.counters
             if state.profile:
                 row.request.profile = {**state.profile, **row.request.profile}
         return ()
@@ -345,6 +345,7 @@ def _bare(request: FunnelRequest) -> FunnelRequest:
         request.user_id,
         request.k,
         request.at,
+        refused=request.refused,
         exclude=request.exclude,
         explain=request.explain,
         filter=request.filter,

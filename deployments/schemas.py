@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from deployments.resilience import Reason
 from deployments.resilience import Rung as Degradation
 from recsys.core import canonical_id
+from recsys.data.event_names import unclean, unknown
 from recsys.errors import RequestError
 from recsys.features.store import NewEvent, event_identity
 from recsys.recall.cold_start import Rung
@@ -51,6 +52,15 @@ def _scalars(value: Any) -> Any:
             if isinstance(x, int) and abs(x) > 2**53:
                 raise PydanticCustomError("wrong_type", "'{name}' is a number beyond 2^53; send it as a string", {"name": name})
     return value
+
+
+def _event_name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    name = value.strip()
+    if (why := unclean(name)) is not None:
+        raise PydanticCustomError("invalid_value", "the name {why}", {"why": why})
+    return name
 
 
 def _number(value: Any) -> Any:
@@ -114,9 +124,9 @@ class PageBody(Body):
     user_id: Id
     """The user, known or not. 196 and "196" are one user."""
     context: Scalars = Field(default_factory=dict)
-    """Raw values of context columns, as device or page."""
+    """Raw values of context columns, as device or page. A name that nothing reads is taken, and listed as `ignored` with `explain`."""
     features: Scalars = Field(default_factory=dict)
-    """Raw values of user columns; they override what is known of the user."""
+    """Raw values of declared user columns; they override what is known of the user. An undeclared name is refused."""
     request_id: Id | None = None
     """Echoed in the answer; made up if absent."""
     variant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
@@ -166,8 +176,8 @@ class EventBody(Body):
     """Who."""
     item_id: Id
     """What; an item that no bundle knows yet is kept all the same."""
-    event: Annotated[str, Field(min_length=1, max_length=64)]
-    """view, click, like, share, purchase, rating, impression, or a name of your own."""
+    event: Annotated[str, Field(min_length=1, max_length=64), BeforeValidator(_event_name)]
+    """view, click, like, share, purchase, rating, impression, dislike, or a name of your own; one of data.events where that is declared."""
     event_id: Id | None = None
     """Makes a retry harmless; made from user, item, event and time if absent."""
     time: Annotated[str | int | float | None, BeforeValidator(_number)] = None
@@ -304,6 +314,8 @@ class Page(BaseModel):
     variant: str
     degraded: list[Fallback]
     timings_ms: dict[str, float]
+    ignored: list[str] | None = None
+    """With `explain`: names of the request's context that nothing reads."""
     cold_start: Rung | None = None
     """Of a user without a history: what the page leans on beside the models (interests, segment, content, popular)."""
     pins_left_out: list[PinLeftOut] | None = None
@@ -392,7 +404,7 @@ def _fault(first: ErrorDetails) -> RequestError:
         return RequestError("unknown_field", f"'{where}' is not a field of this request. See /docs for those that are.", field=where)
     code = (
         kind
-        if kind in {"empty_id", "wrong_type"}
+        if kind in {"empty_id", "wrong_type", "invalid_value"}
         else "invalid_value"
         if kind.startswith(("greater", "less", "string_too", "too_"))
         else "wrong_type"
@@ -463,8 +475,9 @@ def check_size(row: Any, sent: int, limits: LimitsConfig) -> None:
         raise RequestError("row_too_large", f"It has {size} bytes; at most {limits.body_bytes} are taken. Send less of it.", status=413)
 
 
-def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0) -> NewEvent:
-    """One event of a parsed body of `sent` bytes. Raises RequestError with the reason for its rejection."""
+def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0, known: Sequence[str] | None = None) -> NewEvent:
+    """One event of a parsed body of `sent` bytes, of a type that is `known` (None: any). Raises RequestError with the reason for its
+    rejection."""
     check_text(raw)
     check_size(raw, sent, limits)
     try:
@@ -474,6 +487,9 @@ def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0) -> 
     for name, value in (("user_id", body.user_id), ("item_id", body.item_id), ("event_id", body.event_id), ("request_id", body.request_id)):
         if value is not None:
             check_id(name, value, limits)
+    if known is not None and body.event not in known:
+        text = f"'event' is '{body.event}', which {unknown(body.event, known)}"
+        raise RequestError("unknown_event", text if text.endswith("?") else f"{text}.", field="event")
     if body.value is not None and not math.isfinite(body.value):
         raise RequestError("invalid_value", f"'value' must be a finite number, got {body.value}.", field="value")
     time_ms = _time_ms(body.time, now_s, limits.future_s)

@@ -42,7 +42,7 @@ from deployments.schemas import (
 )
 from recsys.core import Candidates, Queries
 from recsys.errors import RequestError, StoreError, VersionAbsentError
-from recsys.features.live_items import ItemLog, MemoryItemLog
+from recsys.features.live_items import ItemLog, MemoryItemLog, check_declared
 from recsys.features.store import FeatureStore, NewEvent, UserState
 from recsys.funnel import Funnel, FunnelRequest, PageItem
 from recsys.serve_config import ServeConfig
@@ -91,6 +91,7 @@ class Service:
         items: ItemLog | None = None,
         follower: ItemsFollower | None = None,
         append_batch: int = 2_000,
+        events: Sequence[str] | None = None,
         ingest_status: Callable[[], Awaitable[dict[str, Any]]] | None = None,
         counters_state: Callable[[], dict[str, Any]] | None = None,
         stage_states: Callable[[], Awaitable[dict[str, Any]]] | None = None,
@@ -100,7 +101,7 @@ class Service:
         self.catalogue = CatalogueWrites(rollout, store, items, config.limits)
         self.rules = RulesDesk(rollout, items, follower, config.limits)
         self.lookups = Lookups(rollout, store, config.limits)
-        self._follower = follower
+        self._follower, self._event_names = follower, events
         self._appender = Appender(store, most=append_batch)
         self._ingest_status, self._counters_state, self._stage_states = ingest_status, counters_state, stage_states
         self._impressions = impressions
@@ -134,6 +135,8 @@ class Service:
         for n, pin in enumerate(body.pins):
             check_id(f"pins.{n}.item_id", pin.item_id, limits)
         funnel = self.rollout.funnel()
+        if body.features:
+            check_declared(body.features, funnel.profile_columns, field="features", whose="user")
         request = FunnelRequest(
             body.user_id,
             body.k,
@@ -160,7 +163,7 @@ class Service:
         self._monitor.request("recommend", time.perf_counter() - started)
         if answer.cold_start is not None:
             self._monitor.new_user(answer.cold_start)
-        return _shown(answer, body.request_id or request_id, variant, started)
+        return _shown(answer, body.request_id or request_id, variant, started, _ignored(body, funnel))
 
     def _log_page(self, shown: Shown) -> None:
         """A sampled page goes to the log of impressions; a fault there must not reach the answers."""
@@ -210,12 +213,16 @@ class Service:
         if not body.item_ids:
             raise RequestError("empty_list", "'item_ids' holds no item. Send at least one.", field="item_ids")
         check_ids("item_ids", body.item_ids, self.config.limits, self.config.limits.k)
+        funnel = self.rollout.funnel()
+        if body.features:
+            check_declared(body.features, funnel.profile_columns, field="features", whose="user")
         request = FunnelRequest(
             body.user_id, len(body.item_ids), unix_now(), context=body.context, profile=body.features, explain=body.explain
         )
         answer = await self._ranked(request, body.item_ids, self._deadline(body.timeout_ms))
         self._monitor.request("rank", time.perf_counter() - started)
-        return _shown(answer, body.request_id or request_id, body.variant or self.config.variant, started)
+        variant = body.variant or self.config.variant
+        return _shown(answer, body.request_id or request_id, variant, started, _ignored(body, funnel))
 
     async def _ranked(self, request: FunnelRequest, item_ids: list[str], deadline: Deadline) -> Answer:
         timings: dict[str, float] = {}
@@ -328,7 +335,7 @@ class Service:
         now_s = unix_now()
         for index, row in enumerate(rows):
             try:
-                events.append(event_of(row, self.config.limits, now_s, sent=len(raw)))
+                events.append(event_of(row, self.config.limits, now_s, sent=len(raw), known=self._event_names))
             except RequestError as error:
                 if not isinstance(body, list):
                     raise
@@ -425,7 +432,12 @@ def _novelty(body: RecommendBody, funnel: Funnel) -> tuple[float, float] | None:
     return wish.weight, wish.half_life_h or funnel.config.rules.novelty.half_life_h
 
 
-def _shown(answer: Answer, request_id: str, variant: str, started: float) -> bytes:
+def _ignored(body: RecommendBody | RankBody, funnel: Funnel) -> list[str] | None:
+    """Names of a request's context that nothing reads, where it asks to be explained."""
+    return [name for name in body.context if name not in funnel.context_names] if body.explain else None
+
+
+def _shown(answer: Answer, request_id: str, variant: str, started: float, ignored: list[str] | None) -> bytes:
     timings = {name: round(ms, 3) for name, ms in answer.timings.items()}
     timings["total"] = round(1000 * (time.perf_counter() - started), 3)
     return orjson.dumps(
@@ -437,6 +449,7 @@ def _shown(answer: Answer, request_id: str, variant: str, started: float) -> byt
             "degraded": [note.shown() for note in answer.degraded],
             "timings_ms": timings,
         }
+        | ({} if ignored is None else {"ignored": ignored})
         | ({} if answer.cold_start is None else {"cold_start": answer.cold_start})
         | ({"pins_left_out": [pin._asdict() for pin in answer.left_out]} if answer.left_out else {})
     )

@@ -12,15 +12,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PrivateAttr,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from recsys.config_faults import Fault, flatten, nearest, redact, shown, tag_of
 from recsys.config_file import Loaded, read_as
 from recsys.config_manual import template
 from recsys.core import FrozenConfig
 from recsys.data.columns import FROM_TIME, ColumnConfig
+from recsys.data.event_names import unknown
 from recsys.data.negatives import NegativesConfig
-from recsys.data.sources import AGAINST, DataConfig, InteractionsConfig, LabelConfig, TableConfig
+from recsys.data.sources import DataConfig, InteractionsConfig, LabelConfig, TableConfig
 from recsys.data.sources import HistoryConfig as DataHistoryConfig
 from recsys.data.split import SplitConfig
 from recsys.errors import ConfigError
@@ -114,9 +125,8 @@ class RecallConfig(FrozenConfig):
     """How the channels' lists become one."""
     exclude_seen: bool = True
     """Never recommend what the user has in the log already."""
-    not_interested: tuple[str, ...] = AGAINST
-    """Live events that speak against an item: it is not shown to that user again, triggers nothing, and what is like it stands lower
-    (see rules.unwanted). Those three are never learnt from as positives; of another name, a label of data.labels has to say so."""
+    not_interested: tuple[str, ...] | None = None
+    """The name that data.refusals had: what is written here counts as written there."""
 
     @field_validator("channels", mode="before")
     @classmethod
@@ -252,14 +262,28 @@ class Config(Places):
 
     _base: Path = PrivateAttr(default_factory=Path)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_declaration_of_refusals(cls, given: Any) -> Any:
+        """`recall.not_interested` of configurations and bundles from before data.refusals."""
+        recall, data = (given.get(part) if isinstance(given, Mapping) else None for part in ("recall", "data"))
+        names = recall.get("not_interested") if isinstance(recall, Mapping) else getattr(recall, "not_interested", None)
+        if names is None or data is None:
+            return given
+        if isinstance(data, Mapping) and "refusals" not in data:
+            return {**given, "data": {**data, "refusals": names}}
+        if isinstance(data, DataConfig) and "refusals" not in data.model_fields_set:
+            return {**given, "data": data.model_copy(update={"refusals": tuple(names)})}
+        return given
+
     @field_serializer("redis_url", when_used="json")
     def _masked(self, value: str | None) -> str | None:
         return redact(value) if value else value
 
     @property
     def history(self) -> HistoryConfig:
-        """Which events enter a user's history, and how many."""
-        return self.features.history
+        """Which events enter a user's history and how many, and which refuse an item."""
+        return self.features.history.refusing(self.data.refusals)
 
     @property
     def base(self) -> Path:
@@ -309,6 +333,7 @@ class Config(Places):
         kinds["context"] = {n: str(c.kind) for n, c in self.data.interactions.context.items() if c.kind not in FROM_TIME}
         for name, sentence in faults(self.features.aggregates, kinds, self.data.refused):
             yield f"features.aggregates.{name}", sentence
+        yield from self._event_faults()
         for name in self.two_tower.features or ():
             if name in self.features.aggregates:
                 yield "two_tower.features", f"uses '{name}', an aggregate: those are inputs of the fine ranker only"
@@ -319,6 +344,22 @@ class Config(Places):
                     near = nearest(name, known)
                     meant = f"did you mean '{near}'?" if near else f"known: {', '.join(known)}"
                     yield f"{section}.features", f"uses feature '{name}', which no column declares; {meant}"
+
+    def _event_faults(self) -> Iterator[tuple[str, str]]:
+        """What is said of event types in several places."""
+        old, known = self.recall.not_interested, self.data.event_names
+        if old is not None and set(old) != set(self.data.refusals):
+            refusals = ", ".join(self.data.refusals) or "none"
+            yield "recall.not_interested", f"is the old name of data.refusals, which says otherwise ({refusals}); leave it out"
+        for name in self.features.history.events or ():
+            if name in self.data.refusals:
+                yield "features.history.events", f"holds '{name}', which data.refusals names: a refusal is no member of a history"
+        named = {"features.history.events": self.features.history.events or ()}
+        named |= {f"features.aggregates.{name}.events": a.events or () for name, a in self.features.aggregates.items()}
+        for path, names in named.items():
+            for name in names:
+                if known is not None and name not in known:
+                    yield path, f"holds '{name}', which {unknown(name, known)}"
 
     def _feature_names(self) -> list[str]:
         tables = (self.data.users, self.data.items)

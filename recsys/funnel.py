@@ -20,7 +20,7 @@ import pyarrow as pa
 from recsys import channels
 from recsys.config import Config
 from recsys.core import UNKNOWN, Candidates, Queries, Recaller, Reranker, Used, Vocabulary, load_arrow
-from recsys.data.columns import ColumnConfig
+from recsys.data.columns import FROM_TIME, ColumnConfig
 from recsys.delta import Delta, LiveVocabulary, Parts
 from recsys.eligibility import Eligibility
 from recsys.errors import BundleError, RequestError
@@ -157,6 +157,12 @@ class Funnel:
                 named = {name: columns[target] for name, target in channel.interests.items() if target in columns}
                 interests |= {n: c for n, c in columns.items() if channel.columns is None or channel.columns.get(n)} | named
         return interests | dict(self.space.columns["user"])
+
+    @property
+    def context_names(self) -> set[str]:
+        """What something reads of a request's context: declared columns, and interests as in a profile. Clocks read the time alone."""
+        declared = self.space.columns["context"]
+        return {name for name, column in declared.items() if column.kind not in FROM_TIME} | self.profile_columns.keys()
 
     def _parts(self) -> Parts:
         return Parts(

@@ -62,7 +62,7 @@ class Known:
         log, told = moments.log, moments.told
         longest = int(np.bincount(log.user[told], minlength=1).max(initial=0))
         longest += 0 if log.past is None else int(np.diff(log.past.indptr).max(initial=0))
-        whole = moments if longest <= moments.length else Moments(log, told, min(longest, WHOLE), moments.exclude_seen)
+        whole = moments if longest <= moments.length else replace(moments, length=min(longest, WHOLE))
         return cls(moments, whole)
 
 
@@ -77,11 +77,10 @@ def after_training(prepared: Prepared, moments: Moments, *, most: int | None, se
     """Protocol top_n: the state holds all training events of a user; what is in validation is masked, not told."""
     log, split = prepared.log, prepared.split
     users, first, wanted = _tests(prepared, most, seed)
-    told = moments.told
     train = split.train
-    known = Known.of(Moments(log.where(train), told[train], moments.length, moments.exclude_seen))
+    known = Known.of(moments.where(train))
     mask = train | split.valid
-    masked = Moments(log.where(mask), told[mask], 1, moments.exclude_seen)
+    masked = moments.where(mask, length=1)
     end = float(np.nextafter(log.time[mask].max(initial=0.0), np.inf))
 
     def state(of: Moments) -> States:

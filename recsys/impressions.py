@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from recsys.core import Used
 from recsys.data.event_files import opened
 from recsys.data.logged import CONTEXT, EVENT, ITEM_ID, REQUEST_ID, TIME_MS, USER_ID
-from recsys.data.sources import IMPRESSION, is_positive
+from recsys.data.sources import AGAINST, IMPRESSION, is_positive
 from recsys.errors import DataError
 from recsys.features.records import counted_to
 from recsys.funnel import FunnelRequest, PageItem
@@ -179,11 +179,11 @@ EXAMPLES = pa.schema(
 
 
 def joined(
-    impressions: pa.Table, events: pa.Table, *, window_s: float, positives: Sequence[str] | None = None
+    impressions: pa.Table, events: pa.Table, *, window_s: float, positives: Sequence[str] | None = None, refusals: Sequence[str] = AGAINST
 ) -> tuple[pa.Table, dict[str, int]]:
     """One labelled example a shown item, and an account.
 
-    Label 1 where an event of `positives` (default: all but impression, view and what speaks against an item) names the request, the item and the same user,
+    Label 1 where an event of `positives` (default: all but impression, view and `refusals`) names the request, the item and the same user,
     from the page's time to `window_s` later; `event` is then the first such event's type, else impression. Equal event ids count once.
     """
     shown: dict[tuple[str, str], tuple[str, int]] = {}
@@ -196,7 +196,7 @@ def joined(
     told: set[str] = set()
     columns = ("user_id", "item_id", "event", "time_ms", "request_id", "event_id")
     for user, item, event, time, request, event_id in zip(*(events[c].to_pylist() for c in columns), strict=True):
-        if request is None or (event == "view" or not is_positive(event) if positives is None else event not in positives):
+        if request is None or (event == "view" or not is_positive(event, refusals) if positives is None else event not in positives):
             continue
         if event_id in told:
             account["repeated"] += 1

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from recsys.core import UNKNOWN, Queries
+from recsys.core import UNKNOWN, Queries, Wishes
 from recsys.data.interactions import Interactions, group
 from recsys.features.generate import Histories
+from recsys.features.refusals import Refusals, taken_out
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,20 @@ class Moments:
     """The states of users along one log.
 
     `told` (E,) bool says which rows of the log enter a history; `length` is how many events a history keeps;
-    `exclude_seen` whether what a user had before is excluded from the answer.
+    `exclude_seen` whether what a user had before is excluded from the answer; `refusals` what users refused, which is excluded
+    in any case (None: nobody refused anything).
     """
 
     log: Interactions
     told: np.ndarray
     length: int
     exclude_seen: bool = True
+    refusals: Refusals | None = None
+
+    def where(self, mask: np.ndarray, *, length: int | None = None) -> Moments:
+        """Along the rows where the (E,) bool mask holds; `length`: of another length."""
+        refusals = None if self.refusals is None else self.refusals.where(mask)
+        return Moments(self.log.where(mask), self.told[mask], length or self.length, self.exclude_seen, refusals)
 
     @cached_property
     def histories(self) -> Histories:
@@ -78,6 +86,11 @@ class Moments:
     def states(self, users: np.ndarray, at: np.ndarray, times: np.ndarray, contexts: list[dict[str, Any]]) -> Queries:
         """The states of `users` (n,) rows just before log positions `at` (n,), asked at `times` (n,) Unix seconds."""
         items, item_times = self.histories.before(users, at, times)
+        refused = [] if self.refusals is None else self.refusals.before(users, at, times)
+        wishes = None
+        if any(len(rows) for rows in refused):
+            items, item_times = taken_out(items, item_times, refused)
+            wishes = tuple(Wishes(unwanted=tuple(rows.tolist())) if len(rows) else None for rows in refused)
         return Queries(
             user_ids=self.log.users.outside(users),
             users=users.astype(np.int32),
@@ -85,26 +98,34 @@ class Moments:
             at=times.astype(np.float64),
             history=items,
             history_times=item_times,
-            exclude=self._had(users, at, times) if self.exclude_seen else np.empty((len(users), 0), np.int32),
+            exclude=_padded(self._had(users, at, times, refused) if self.exclude_seen else refused, len(users)),
             contexts=list(contexts),
             profiles=[{}] * len(users),
             positions=np.asarray(at, np.int64),
+            wishes=wishes,
         )
 
-    def _had(self, users: np.ndarray, at: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """(n, E) item rows that each user had before log position `at`, distinct, padded on the right."""
+    def _had(self, users: np.ndarray, at: np.ndarray, times: np.ndarray, refused: list[np.ndarray]) -> list[np.ndarray]:
+        """The item rows that each user had before log position `at` or refused, distinct."""
         indptr, order = self._told_by_user
         past = self.log.past
         if self.log.impressions:  # a screen's rows do not see each other
             at = np.minimum(at, np.searchsorted(self.log.time, times, "left"))
         lists = []
-        for user, position in zip(users.tolist(), at.tolist(), strict=True):
+        for n, (user, position) in enumerate(zip(users.tolist(), at.tolist(), strict=True)):
             mine = order[indptr[user] : indptr[user + 1]]
             had = self.log.item[mine[: int(np.searchsorted(mine, position))]]
             if past is not None:
                 had = np.concatenate([past.items[past.indptr[user] : past.indptr[user + 1]], had])
+            if refused and len(refused[n]):
+                had = np.concatenate([had, refused[n]])
             lists.append(np.unique(had))
-        out = np.full((len(users), max(map(len, lists), default=0)), UNKNOWN, np.int32)
-        for row, had in zip(out, lists, strict=True):
-            row[: len(had)] = had
-        return out
+        return lists
+
+
+def _padded(lists: list[np.ndarray], n: int) -> np.ndarray:
+    """n lists as (n, E) item rows, -1 on the right; no list is n empty ones."""
+    out = np.full((n, max(map(len, lists), default=0)), UNKNOWN, np.int32)
+    for row, items in zip(out, lists, strict=False):
+        row[: len(items)] = items
+    return out

@@ -27,6 +27,7 @@ from recsys.features.asof import AsOf, Roads, in_process
 from recsys.features.catalogue import Catalogue
 from recsys.features.generate import told
 from recsys.features.inputs import AggregateInputs, Live, LogSource
+from recsys.features.refusals import Refusals
 from recsys.features.schema import FeatureSpace, Field
 from recsys.moments import Moments
 
@@ -72,7 +73,7 @@ class Prepared:
 
     def moments(self, config: Config) -> Moments:
         """Users' states along the log."""
-        return Moments(self.log, self.told, config.history.length, config.recall.exclude_seen)
+        return Moments(self.log, self.told, config.history.length, config.recall.exclude_seen, Refusals.of(self.log, config.history))
 
     def save(self, folder: Path) -> None:
         """Write everything under an existing, empty folder."""

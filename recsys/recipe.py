@@ -30,7 +30,9 @@ from recsys.data.interactions import Interactions
 from recsys.errors import DataError
 from recsys.evidence import EVIDENCE, evidence_field
 from recsys.export import RankerEngine
+from recsys.features.declaration import HistoryConfig
 from recsys.features.generate import Histories
+from recsys.features.refusals import Refusals
 from recsys.features.schema import Field
 from recsys.funnel import Funnel
 from recsys.held_out import HeldOut, after_training, before_first
@@ -335,7 +337,7 @@ class Recipe:
             user_columns=p.user_columns,
             item_columns=p.item_columns,
             catalogue=p.catalogue,
-            past=past(known, p.told[mask], config.history.length),
+            past=past(known, p.told[mask], config.history),
             popular_items=popular.order,
             channels={},
             tower=tower,
@@ -358,9 +360,9 @@ class Recipe:
         return ask(self.prepared, self.moments, most=self.config.evaluate.max_users, seed=self.config.seed)
 
 
-def past(known: Interactions, told: np.ndarray, length: int) -> Past:
-    """What a bundle keeps of each user: the newest events, and every item ever had."""
-    indptr, items, times = Histories(known, length=length, told=told).closing()
+def past(known: Interactions, told: np.ndarray, history: HistoryConfig) -> Past:
+    """What a bundle keeps of each user: the newest events, every item ever had, and what was refused."""
+    indptr, items, times = Histories(known, length=history.length, told=told).closing()
     had = known.where(told)
     users, rows = had.user.astype(np.int64), had.item.astype(np.int64)
     if known.past is not None:
@@ -369,7 +371,8 @@ def past(known: Interactions, told: np.ndarray, length: int) -> Past:
     pairs = np.unique(users * max(known.n_items, 1) + rows)
     seen_indptr = np.zeros(known.n_users + 1, np.int64)
     np.cumsum(np.bincount(pairs // max(known.n_items, 1), minlength=known.n_users), out=seen_indptr[1:])
-    return Past(indptr, items, times, seen_indptr, (pairs % max(known.n_items, 1)).astype(np.int32))
+    seen = (pairs % max(known.n_items, 1)).astype(np.int32)
+    return Past(indptr, items, times, seen_indptr, seen, *Refusals.of(known, history).closing())
 
 
 def _thinned(rows: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from recsys.allowed import Condition, Filter
 from recsys.config import Config
 from recsys.core import UNKNOWN, Query, Vocabulary, Wishes
+from recsys.features.refusals import still_refused
 from recsys.features.store import StoredEvent
 from recsys.rerank.diversity import Caps
 
@@ -25,6 +27,8 @@ class FunnelRequest:
     k: int
     at: float
     events: Sequence[StoredEvent] = ()
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """Item id -> time_ms of what the user refused, as the store holds it."""
     context: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
     exclude: Sequence[str] = ()
@@ -48,7 +52,9 @@ class Past(NamedTuple):
     """What the training log knows of each user: lists by user row, memory-mapped in a loaded bundle.
 
     indptr (U + 1,); items (S,) item rows and times (S,) Unix seconds, oldest first, the newest `history.length` of each
-    user; seen_indptr (U + 1,) and seen_items: every item the user has had, ascending.
+    user, what was refused later among them; seen_indptr (U + 1,) and seen_items: every item the user has had, ascending;
+    refused_indptr (U + 1,), refused_items and refused_times (Unix seconds, NaN: unknown): see features.refusals. A bundle of
+    before these has none.
     """
 
     indptr: np.ndarray
@@ -56,6 +62,9 @@ class Past(NamedTuple):
     times: np.ndarray
     seen_indptr: np.ndarray
     seen_items: np.ndarray
+    refused_indptr: np.ndarray
+    refused_items: np.ndarray
+    refused_times: np.ndarray
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +73,9 @@ class Past(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
+        held = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in cls._fields if (folder / f"{n}.npy").exists()}
+        nothing = {"refused_indptr": np.zeros_like(held["indptr"]), "refused_items": np.empty(0, np.int32)}
+        return cls(**nothing | {"refused_times": np.empty(0)} | held)
 
     def history(self, user: int) -> tuple[np.ndarray, np.ndarray]:
         """A user's items and their times, oldest first; empty for UNKNOWN."""
@@ -79,20 +90,30 @@ class Past(NamedTuple):
             return np.empty(0, np.int32)
         return self.seen_items[self.seen_indptr[user] : self.seen_indptr[user + 1]]
 
+    def refused(self, user: int) -> dict[int, float]:
+        """What a user refused: item row -> Unix seconds; nothing for UNKNOWN."""
+        if user == UNKNOWN:
+            return {}
+        a, b = self.refused_indptr[user], self.refused_indptr[user + 1]
+        return dict(zip(self.refused_items[a:b].tolist(), self.refused_times[a:b].tolist(), strict=True)) if b > a else {}
+
 
 def query_of(r: FunnelRequest, *, users: Vocabulary, items: Vocabulary, past: Past, config: Config) -> Query:
-    """The query of one request. Ids that nobody knows are left out; what was seen is excluded where the configuration says so."""
+    """The query of one request. Ids that nobody knows are left out; what was refused is excluded, what was seen where the
+    configuration says so. The history is that of training: the newest events, without those of refused items."""
     user = users.row(r.user_id)
     had, times = past.history(user)
-    against = config.recall.not_interested
-    unwanted = [row for e in r.events if e.event in against and (row := items.row(e.item_id)) != UNKNOWN]
-    live = [(row, e.time_ms / 1000) for e in r.events if e.event not in against and (row := items.row(e.item_id)) != UNKNOWN]
-    if unwanted:  # what was taken and then refused triggers nothing either
-        live = [(row, time) for row, time in live if row not in unwanted]
-        kept = ~np.isin(had, unwanted)
-        had, times = had[kept], times[kept]
+    refusals, history = config.data.refusals, config.features.history
+    live = [(row, e.time_ms / 1000) for e in r.events if e.event not in refusals and (row := items.row(e.item_id)) != UNKNOWN]
     if live:
         had, times = _continued(had, times, live)
+    unwanted: list[int] = []
+    if refused := _refused(r, items, past.refused(user), refusals):
+        rows = still_refused(refused, r.at, items, history)
+        unwanted = rows.tolist()
+        had, times = had[-history.length :], times[-history.length :]  # the newest first: refusals make a history shorter
+        kept = ~np.isin(had, rows)  # what was taken and then refused triggers nothing either
+        had, times = had[kept], times[kept]
     exclude = [*unwanted, *(row for i in r.exclude if (row := items.row(i)) != UNKNOWN)]
     seen = np.empty(0, np.int32)
     if config.recall.exclude_seen:
@@ -113,6 +134,15 @@ def query_of(r: FunnelRequest, *, users: Vocabulary, items: Vocabulary, past: Pa
         state=r.counters,
         wishes=_wishes(r, items, unwanted),
     )
+
+
+def _refused(r: FunnelRequest, items: Vocabulary, known: dict[int, float], refusals: Sequence[str]) -> dict[int, float]:
+    """Item row -> when it was refused last, by the training log and live."""
+    told = [*r.refused.items(), *((e.item_id, e.time_ms) for e in r.events if e.event in refusals)]
+    for item_id, time_ms in told:
+        if (row := items.row(item_id)) != UNKNOWN:
+            known[row] = max(time_ms / 1000, known.get(row, -math.inf))
+    return known
 
 
 def _continued(items: np.ndarray, times: np.ndarray, live: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,9 @@ from recsys.core import UNKNOWN, Vocabulary
 from recsys.data.interactions import Interactions, group
 from recsys.errors import DataError
 from recsys.features.asof import AsOf
+from recsys.features.declaration import HistoryConfig
 from recsys.features.inputs import Live, LogSource
+from recsys.features.refusals import Refusals
 from recsys.features.store import StoredEvent
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.metrics import Relevant, at_k
@@ -41,9 +43,10 @@ class Newest:
         return len(self.requests)
 
     @classmethod
-    def of(cls, prepared: Prepared, *, among: np.ndarray, history: int, k: int, again: bool, most: int, seed: int) -> Newest:
+    def of(cls, prepared: Prepared, *, among: np.ndarray, history: HistoryConfig, k: int, again: bool, most: int, seed: int) -> Newest:
         """From the test rows `among` (E,) bool of a log with times. `again`: items had before count as sought. DataError where nothing is sought."""
         log, told = prepared.log, prepared.told
+        refusals = Refusals.of(log, history)
         test = prepared.split.test & log.positive & among
         rows = np.flatnonzero(test)
         users, first = np.unique(log.user[rows], return_index=True)
@@ -53,17 +56,18 @@ class Newest:
         indptr, order = group(log.user, log.n_users)
         requests, wanted = [], []
         names = log.users.outside(users)
-        for user, name, at in zip(users.tolist(), names, rows[first].tolist(), strict=True):
+        refused = refusals.before(users, rows[first], log.time[rows[first]])
+        for user, name, at, against in zip(users.tolist(), names, rows[first].tolist(), refused, strict=True):
             own = order[indptr[user] : indptr[user + 1]]  # in log order
             before = own[(log.time[own] < log.time[at]) & told[own]]
             sought = log.item[own[test[own]]]
             had = log.item[before]
             if log.past is not None:
                 had = np.concatenate([had, log.past.items[log.past.indptr[user] : log.past.indptr[user + 1]]])
-            sought = np.unique(sought) if again else np.setdiff1d(sought, had)
+            sought = np.setdiff1d(sought, against if again else np.concatenate([had, against]))
             if not len(sought):
                 continue
-            newest = before[-history:]
+            newest = before[-history.length :]
             items = log.items.outside(log.item[newest])
             events = [
                 StoredEvent(item, log.event_names[log.event[row]], round(float(log.time[row]) * 1000), None, "")
@@ -71,7 +75,9 @@ class Newest:
             ]
             seen = () if again else tuple(log.items.outside(np.unique(had)))
             context = {column: values[at] for column, values in log.context.items()}
-            requests.append(FunnelRequest(name, k, float(log.time[at]), events=events, context=context, exclude=seen))
+            time_ms = round(float(log.time[at]) * 1000)
+            hides = dict.fromkeys(log.items.outside(against), time_ms)
+            requests.append(FunnelRequest(name, k, float(log.time[at]), events, hides, context=context, exclude=seen))
             wanted.append(sought)
         if not requests:
             raise DataError("The newest events hold no positive that its user had not had before, so there is nothing to judge by.")

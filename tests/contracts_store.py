@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from recsys.data.sources import AGAINST
 from recsys.errors import StoreError
 from recsys.features.declaration import HistoryConfig
 from recsys.features.generate import Event, Instant, LastN
@@ -36,9 +37,19 @@ class FeatureStoreContract:
     def make(self, config: StoreConfig, history: HistoryConfig) -> FeatureStore:
         raise NotImplementedError
 
-    def run(self, scenario: Scenario, *, length: int = 5, events: tuple[str, ...] | None = None, partitions: int = 4) -> None:
+    def run(
+        self,
+        scenario: Scenario,
+        *,
+        length: int = 5,
+        events: tuple[str, ...] | None = None,
+        partitions: int = 4,
+        refused: int = 500,
+        refusals: tuple[str, ...] = AGAINST,
+    ) -> None:
         async def whole() -> None:
-            store = self.make(StoreConfig(partitions=partitions), HistoryConfig(length=length, events=events))
+            history = HistoryConfig(length=length, events=events, refused=refused).refusing(refusals)
+            store = self.make(StoreConfig(partitions=partitions), history)
             try:
                 await scenario(store)
             finally:
@@ -141,6 +152,57 @@ class FeatureStoreContract:
             assert await items_of(store, "u") == ["a"]
 
         self.run(scenario, events=("view",))
+
+    def test_a_refusal_is_no_history_stands_beside_it_and_outlives_its_length(self):
+        async def scenario(store):
+            await store.append([event("u", "a", 1), event("u", "b", 2, kind="dislike"), event("u", "a", 3, kind="hide")])
+            await store.append([event("u", f"x{t}", t) for t in range(10, 20)])
+            (state, other) = await store.read(["u", "v"], timeout_s=5.0)
+            assert [e.item_id for e in state.events] == ["x17", "x18", "x19"]
+            assert state.refused == {"b": 2, "a": 3}
+            assert other.refused == {}
+            assert len(await whole_log(store, 4)) == 13, "the log has them all"
+
+        self.run(scenario, length=3)
+
+    def test_an_item_is_refused_once_and_as_of_the_last_time_whatever_comes_when(self):
+        async def scenario(store):
+            await store.append([event("u", "a", 9, "1", kind="dislike"), event("u", "a", 4, "2", kind="hide")])
+            assert await store.append([event("u", "a", 9, "1", kind="dislike")]) == (0, 1)
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert state.refused == {"a": 9}
+
+        self.run(scenario)
+
+    def test_of_too_many_refusals_those_of_longest_ago_are_forgotten(self):
+        async def scenario(store):
+            times = {"a": 50, "b": 20, "c": 40, "d": 20, "e": 30, "f": 10}
+            await store.append([event("u", item, t, kind="dislike") for item, t in times.items()])
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert state.refused == {"a": 50, "c": 40, "e": 30, "d": 20}, "of b and d, as old, the greater id stays"
+            await store.append([event("u", "b", 60, kind="hide")])
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert state.refused == {"a": 50, "c": 40, "e": 30, "b": 60}
+
+        self.run(scenario, refused=4)
+
+    def test_the_configuration_says_which_events_refuse(self):
+        async def scenario(store):
+            await store.append([event("u", "a", 1, kind="dislike"), event("u", "b", 2, kind="nope"), event("u", "c", 3)])
+            (state,) = await store.read(["u"], timeout_s=5.0)
+            assert [e.item_id for e in state.events] == ["a", "c"]
+            assert state.refused == {"b": 2}
+
+        self.run(scenario, refusals=("nope",))
+
+    @pytest.mark.parametrize("name", ["用户/一 ☃", "nul\x00inside", 'a"b\\c', "{0}:{1}", "é" * 128, "", "-1", "7"])
+    def test_ids_of_refusals_are_any_text(self, name):
+        async def scenario(store):
+            await store.append([event(name, name, 1_700_000_000_123, "id", kind="hide")])
+            (state,) = await store.read([name], timeout_s=5.0)
+            assert (state.events, state.refused) == ([], {name: 1_700_000_000_123})
+
+        self.run(scenario)
 
     @pytest.mark.parametrize("name", ["用户/一 ☃", "a b\tc", "nul\x00inside", "{0}:{1}", "x" * 256, "é" * 128, "", "-1"])
     def test_ids_are_any_text(self, name):

@@ -59,7 +59,7 @@ def load(config: DataConfig, base: Path, *, keep: Sequence[str] = (), now: float
     log, has_time = raw.table.take(pa.array(events.order)), raw.columns.time is not None
     user = user_ids.log[events.user.codes]
     labels = _labels(log, config, events)
-    event, event_names = _told_apart(events, labels[POSITIVE], config)
+    event, event_names = _told_apart(events, labels[POSITIVE], config, raw.columns.event.default)
     interactions = Interactions(
         users=user_ids.vocabulary,
         items=item_ids.vocabulary,
@@ -114,19 +114,24 @@ def _vocabulary(log: Coded, table: Table | None, past: Coded | None) -> _Rows:
 def _labels(log: pa.Table, config: DataConfig, events: Events) -> dict[str, np.ndarray]:
     """Declared labels, and `positive`: the first of them, or every row that `is_positive` lets be one."""
     labels = {name: cleaning.label(log[rule.column], rule, key=f"labels.{name}") for name, rule in config.labels.items()}
-    first = next(iter(labels.values()), None)
+    first = next(iter(labels), None)
     if first is None:
-        first = np.array([is_positive(name) for name in events.event_names], np.float32)[events.event]
-    return {**labels, POSITIVE: first}
+        return {POSITIVE: np.array([is_positive(name, config.refusals) for name in events.event_names], np.float32)[events.event]}
+    # A refusal may bring a value that passes the label's test.
+    refuses = np.array([name in config.refusals for name in events.event_names], bool)[events.event]
+    labels[first] = np.where(refuses, np.float32(0), labels[first])
+    return {**labels, POSITIVE: labels[first]}
 
 
-def _told_apart(events: Events, positive: np.ndarray, config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Event codes and names. Where a log of impressions names no events, its rows are clicks (or what the default is) and impressions."""
-    name = events.event_names[0]
-    if not config.impressions or config.interactions.event.column is not None or name == IMPRESSION:
+def _told_apart(events: Events, positive: np.ndarray, config: DataConfig, default: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Event codes and names. Where a log of impressions names no events, its rows are clicks (or what the default is) and impressions;
+    live events of another type keep it."""
+    if not config.impressions or config.interactions.event.column is not None or default not in events.event_names:
         return events.event, events.event_names
-    names = tuple(sorted((name, IMPRESSION)))
-    return np.where(positive > 0, names.index(name), names.index(IMPRESSION)).astype(np.int8), names
+    names = tuple(sorted({*events.event_names, IMPRESSION}))
+    code = np.array([names.index(name) for name in events.event_names], np.int16)[events.event]
+    passed_over = (code == names.index(default)) & (positive <= 0)
+    return np.where(passed_over, np.int16(names.index(IMPRESSION)), code), names
 
 
 def _context(log: pa.Table, config: InteractionsConfig, keep: Sequence[str]) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ class Interactions:
     """E events, sorted by (time, log position).
 
     user (E,) and item (E,) int32 rows of `users` and `items`; time (E,) float64 Unix seconds, or 0, 1, 2… in log order where
-    the data has no time (`has_time` False); event (E,) int8 codes into `event_names`; value (E,) float32, NaN where absent;
+    the data has no time (`has_time` False); event (E,) int16 codes into `event_names`; value (E,) float32, NaN where absent;
     labels: name -> (E,) float32 of 1 and 0, always with "positive"; context: name -> (E,) raw values; session (E,) int32, one
     number per user and visit, increasing in time, or None; impressions: whether rows without a positive label were shown and
     passed over; past: what each user did before the log, untimed, or None.
@@ -83,7 +83,7 @@ class Interactions:
             user=np.asarray(user, np.int32)[order],
             item=np.asarray(item, np.int32)[order],
             time=seconds[order],
-            event=(np.zeros(n, np.int8) if event is None else np.asarray(event, np.int8))[order],
+            event=(np.zeros(n, np.int16) if event is None else np.asarray(event, np.int16))[order],
             event_names=event_names,
             value=(np.full(n, np.nan, np.float32) if value is None else np.asarray(value, np.float32))[order],
             labels={POSITIVE: next(iter(named.values()), np.ones(n, np.float32)), **named},

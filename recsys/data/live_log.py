@@ -47,12 +47,12 @@ def read(root: str) -> pa.Table:
 
 
 def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Sequence[str], like: pa.Schema) -> pa.Table:
-    """Live events as raw rows of the log whose columns are `like`; in a log that names no events, impressions are left out.
+    """Live events as raw rows of the log whose columns are `like`; where it holds no impressions and names no events, they are left out.
 
-    What a user did there is told apart by TYPE all the same, as the service does: a view enters no history, in neither road.
+    What a user did in a log that names no events is told apart by TYPE, as the service does: a view enters no history, in neither road.
     """
     log = config.interactions
-    if columns.event.column is None and not config.impressions:
+    if config.leaves_out_impressions:
         events = events.filter(pc.not_equal(events["event"], IMPRESSION))
     contexts = _contexts(events["context"])
     names = events["event"].to_pylist()
@@ -74,11 +74,11 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
         out.setdefault(name, pa.array([_text(c.get(name)) for c in contexts], pa.string()))
     for number, (name, rule) in enumerate(config.labels.items()):
         if rule.column not in out:
-            said = np.array([is_positive(e) if number == 0 else (e == name) for e in names], bool)
+            said = np.array([is_positive(e, config.refusals) if number == 0 else (e == name) for e in names], bool)
             yes = rule.equals if rule.equals is not None else 1 if rule.at_least is None else rule.at_least
             out[rule.column] = pa.array([yes if s else None for s in said])
     cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
-    return pa.table(cast if columns.event.column is not None or config.impressions else {**cast, TYPE: events["event"]})
+    return pa.table(cast if columns.event.column is not None else {**cast, TYPE: events["event"]})
 
 
 def arrivals(log: Interactions, events: pa.Table) -> tuple[np.ndarray, np.ndarray]:

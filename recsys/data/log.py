@@ -19,6 +19,9 @@ from recsys.data.sources import DataConfig, EventConfig, InteractionsConfig, Log
 from recsys.data.tables import text_wanted
 from recsys.errors import DataError
 
+MOST_NAMES = 32_767
+"""Event types that a log can tell apart: their codes are int16."""
+
 
 class RawLog(NamedTuple):
     """The files of a log as one table of raw columns, the columns in force, and the (n,) int8 part of each row."""
@@ -90,7 +93,7 @@ def _needs(config: DataConfig, columns: LogColumns, keep: Sequence[str]) -> dict
 class Events(NamedTuple):
     """The E kept rows of a log, sorted by (time, log position).
 
-    order (E,) positions in the raw log; user, item: codes of each row; time (E,) float64 Unix seconds; event (E,) int8 codes into
+    order (E,) positions in the raw log; user, item: codes of each row; time (E,) float64 Unix seconds; event (E,) int16 codes into
     event_names; value (E,) float32, NaN where absent.
     """
 
@@ -154,16 +157,16 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
 
 
 def _event_codes(table: pa.Table, config: EventConfig) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(n,) int8 codes and the names they stand for, in alphabetical order."""
+    """(n,) int16 codes and the names they stand for, in alphabetical order."""
     if config.column is None:
-        return np.zeros(len(table), np.int8), (config.default,)
+        return np.zeros(len(table), np.int16), (config.default,)
     coded = cleaning.code_ids(table[config.column], key="interactions.event.column")
     names = sorted({*coded.ids, config.default} if (coded.codes == UNKNOWN).any() else coded.ids)
-    if len(names) > 127:
+    if len(names) > MOST_NAMES:
         raise DataError(
             f"interactions.event: column '{config.column}' holds {len(names):,} different values, such as '{names[0]}' and '{names[1]}'. "
-            "Expected event types, at most 127."
+            f"Expected event types, at most {MOST_NAMES:,}."
         )
     rank = {name: i for i, name in enumerate(names)}
-    codes = np.array([rank[name] for name in coded.ids] + [rank.get(config.default, 0)], np.int8)
+    codes = np.array([rank[name] for name in coded.ids] + [rank.get(config.default, 0)], np.int16)
     return codes[coded.codes], tuple(names)

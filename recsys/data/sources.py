@@ -5,13 +5,14 @@ A format brings the column names of its kind along, so `{path: ml-100k.inter}` i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from recsys.core import FrozenConfig
 from recsys.data.columns import FROM_TIME, ColumnConfig
+from recsys.data.event_names import unclean
 from recsys.data.leaks import future_faults, refused_columns
 
 Format = Literal["auto", "csv", "parquet", "recbole", "movielens", "kuairand"]
@@ -21,12 +22,12 @@ Scalar = str | int | float | bool
 IMPRESSION = "impression"
 """The event that is an exposure and never a positive."""
 AGAINST = ("dislike", "hide", "not_interested")
-"""Events that speak against an item: never positives either."""
+"""Events that refuse an item, where `data.refusals` says nothing else: never positives either."""
 
 
-def is_positive(event: str) -> bool:
+def is_positive(event: str, refusals: Sequence[str] = AGAINST) -> bool:
     """Whether an event of this type is a positive where no label says what is one."""
-    return event != IMPRESSION and event not in AGAINST
+    return event != IMPRESSION and event not in refusals
 
 
 class EventConfig(FrozenConfig):
@@ -203,7 +204,14 @@ class DataConfig(FrozenConfig):
     """The log of events."""
     labels: dict[str, LabelConfig] = Field(default_factory=dict)
     """What rankers learn: name -> column and test. The first one says what counts as a positive; with none, every row
-    does but impressions and what speaks against an item (dislike, hide, not_interested)."""
+    does but impressions and refusals. A refusal never is one, whatever its value."""
+    refusals: tuple[str, ...] = AGAINST
+    """Event types by which a user refuses an item. A refusal is never learnt from as a positive and is no member of a history; from
+    then on the item is taken out of the user's history, triggers nothing and is not shown to that user again, and what is like it
+    stands lower (see rules.unwanted). How many are kept and for how long: features.history.refused and refused_days."""
+    events: tuple[str, ...] | None = None
+    """Names of all event types. POST /v1/events refuses any other, so that a misspelt one is noticed; `impression` and the
+    refusals may always come. null: any name of printable characters is taken."""
     impressions: bool = False
     """Whether the log holds what was shown: rows without a positive label are then exposed negatives."""
     items: TableConfig | None = None
@@ -219,6 +227,26 @@ class DataConfig(FrozenConfig):
         if "positive" in labels:
             raise ValueError("'positive' is the name of the first label's role; call the label something else")
         return labels
+
+    @field_validator("refusals", "events")
+    @classmethod
+    def _clean_names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            if (why := unclean(name)) is not None:
+                raise ValueError(f"{name!r} {why}")
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError(f"names one type twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        return names
+
+    @property
+    def leaves_out_impressions(self) -> bool:
+        """Whether an impression that comes in live is no event of this log, in neither road: it holds none and names no events."""
+        return not self.impressions and self.interactions.event.column is None
+
+    @property
+    def event_names(self) -> tuple[str, ...] | None:
+        """Every name that an event may have; None: any clean one."""
+        return None if self.events is None else tuple(dict.fromkeys((*self.events, IMPRESSION, *self.refusals)))
 
     @property
     def refused(self) -> dict[str, str]:

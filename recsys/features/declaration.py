@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 from pydantic import Field as Bound
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr
 
 from recsys.core import FrozenConfig
 from recsys.data.columns import Combiner
+from recsys.data.sources import AGAINST
 from recsys.features.aggregates import AggregateConfig
 
 
@@ -25,13 +29,38 @@ class HistoryConfig(FrozenConfig):
     recent: NonNegativeInt = 5
     """The newest few of them are pooled once more by themselves, as feature `recent`: what a user does now. 0: no such feature."""
     events: tuple[str, ...] | None = None
-    """Event types that enter a user's history. Default: all but impression and view."""
+    """Event types that enter a user's history. Default: all but impression, view and what data.refusals names."""
+    refused: PositiveInt = 500
+    """Newest refused items kept per user, beside the history and whatever its length."""
+    refused_days: PositiveFloat = 365.0
+    """Days after which a refusal is forgotten, by the time of its event. One that the user repeats begins anew."""
     combiner: Combiner = "mean"
     """How the history's item embeddings become one; none keeps each, for models that attend."""
 
+    _refusals: tuple[str, ...] = PrivateAttr(default=AGAINST)
+
+    def refusing(self, events: Sequence[str]) -> Self:
+        """The same with these types of events as refusals: they are declared in data.refusals, which both roads read."""
+        if self._refusals == tuple(events):
+            return self
+        out = self.model_copy()
+        out._refusals = tuple(events)
+        return out
+
+    def refuses(self, event: str) -> bool:
+        """Whether an event of this type refuses its item."""
+        return event in self._refusals
+
     def admits(self, event: str) -> bool:
-        """Whether an event of this type enters the history."""
+        """Whether an event of this type enters the history: a refusal never does."""
+        if self.refuses(event):
+            return False
         return event in self.events if self.events is not None else event not in {"impression", "view"}
+
+    @property
+    def refused_s(self) -> float:
+        """`refused_days` in seconds."""
+        return self.refused_days * 86_400.0
 
 
 class FeaturesConfig(FrozenConfig):

@@ -177,11 +177,21 @@ def scan(feature: Monoid[S, V_co], events: Iterable[tuple[Hashable, Event]], ins
 def told(log: Interactions, config: HistoryConfig) -> np.ndarray:
     """(E,) bool: the rows that enter their user's history.
 
-    By event type, as declared; in an impression log only rows with a positive label, which are more than exposures.
+    By event type, as declared; in an impression log only rows with a positive label, which are more than exposures. Never a
+    refusal (see `features.refusals`).
     """
     exposed = {"impression"} if log.impressions else set()
     mask: np.ndarray = np.array([config.admits(name) or name in exposed for name in log.event_names], bool)[log.event]
     return mask & log.positive if log.impressions else mask
+
+
+def cuts(log: Interactions, at: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """(n,) log positions below which rows are seen at the instants of `times` (n,) Unix seconds and `at` (n,) log positions."""
+    first = np.searchsorted(log.time, times, "left")
+    if log.impressions:
+        return first
+    cut: np.ndarray = np.clip(at, first, np.searchsorted(log.time, times, "right"))
+    return cut
 
 
 class Histories:
@@ -221,8 +231,7 @@ class Histories:
         A row of an impression log does not see its own screen.
         """
         n, log = len(users), self.log
-        first = np.searchsorted(log.time, times, "left")
-        cut = first if log.impressions else np.clip(at, first, np.searchsorted(log.time, times, "right"))  # rows below it are seen
+        cut = cuts(log, at, times)
         user = np.maximum(users, 0).astype(np.int64)
         start = self._starts[user] if log.n_users else np.zeros(n, np.int64)
         end = np.where(users >= 0, np.searchsorted(self._keys, user * self._places + self._offset + cut, "left"), start)

@@ -29,7 +29,7 @@ class Row(NamedTuple):
     """One event in outside terms, as the streaming road takes it and a log holds it.
 
     shown: whether it is an exposure, a rate's trial (every row of a log is one; in service an impression is, a click is not);
-    told: whether it enters a history; labels and number columns by name.
+    told: whether it enters a history; counted: whether it is an event of the log at all; labels and number columns by name.
     """
 
     time: float
@@ -43,6 +43,7 @@ class Row(NamedTuple):
     shown: bool = True
     told: bool = True
     event_id: str = ""
+    counted: bool = True
 
 
 class Signal(NamedTuple):

@@ -164,18 +164,20 @@ def checked(given: Mapping[str, Any], declared: Declared, *, whose: str) -> dict
     `whose` is item or user. Values are kept as they came: encoders read them as they read the table's.
     """
     known = {name: column for name, column in declared.items() if column.kind not in FROM_TIME}
-    out = {}
-    for name, value in given.items():
-        where = f"columns.{name[:64]}"
-        column = known.get(name)
-        if column is None:
+    check_declared(given, known, field="columns", whose=whose)
+    return {name: None if value is None else _value(known[name], value, f"columns.{name[:64]}") for name, value in given.items()}
+
+
+def check_declared(given: Mapping[str, Any], known: Mapping[str, Any], *, field: str, whose: str) -> None:
+    """RequestError (422) with the first name of a body's `field` that no column of this name is declared for, and what was meant."""
+    for name in given:
+        if name not in known:
+            where = f"{field}.{name[:64]}"
             near = difflib.get_close_matches(name, known, 1)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise RequestError(
                 "unknown_field", f"'{where}' is no declared {whose} column. {hint}Known: {', '.join(known) or 'none'}.", field=where
             )
-        out[name] = None if value is None else _value(column, value, where)
-    return out
 
 
 def _value(column: ColumnConfig, value: Any, where: str) -> Any:

@@ -1,7 +1,8 @@
 """Live events as rows of the streaming road: what an event of the log says to the declared aggregates.
 
 The rules are those that a file of events is read by. An event may be an exposure (a rate's trial): in a log of impressions only
-an `impression` is, and a click is the hit of one; in any other log every event is a trial of its own. It is a positive by the
+an `impression` is, and a click is the hit of one; in any other log every event is a trial of its own, and where such a log names
+no events, an `impression` is no event of it and counts nowhere. It is a positive by the
 first label's test where that label is of the event's value, else what `sources.is_positive` says of its type. Every other label is the event
 type of that name.
 """
@@ -22,11 +23,12 @@ def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, 
     names = list(data.labels)
     values = {"value", "rating", data.interactions.value}
     rule = data.labels[names[0]] if names and data.labels[names[0]].column in values else None
-    impressions = data.impressions
+    impressions, refusals = data.impressions, data.refusals
+    uncounted = IMPRESSION if data.leaves_out_impressions else None
 
     def read(event: NewEvent, position: int) -> Row:
         value = math.nan if event.value is None else event.value
-        positive = is_positive(event.event)
+        positive = is_positive(event.event, refusals)
         if positive and rule is not None and not math.isnan(value):
             positive = passes(rule, value)
         labels = {"positive": float(positive)}
@@ -44,6 +46,7 @@ def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, 
             shown=event.event == IMPRESSION or not impressions,
             told=history.admits(event.event),
             event_id=event.event_id,
+            counted=event.event != uncounted,
         )
 
     return read

@@ -1,7 +1,8 @@
 """The feature store: an append-only log of events, each user's recent history, and profiles. The protocol, and one in memory.
 
 A user's history is LastN of `features.generate`: the newest events by (time, log position), late ones in their place. Event
-types that the configuration keeps out of histories are in the log all the same. An event id counts once per user.
+types that the configuration keeps out of histories are in the log all the same. An event id counts once per user. A refusal
+(data.refusals) stands beside the history, once per item, so that its length and its age say nothing of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -22,6 +23,8 @@ from recsys.core import FrozenConfig, id_hash
 from recsys.errors import StoreError
 from recsys.features.declaration import HistoryConfig
 
+T = TypeVar("T", int, float)
+
 
 class StoreConfig(FrozenConfig):
     prefix: str = "rf"
@@ -29,7 +32,8 @@ class StoreConfig(FrozenConfig):
     partitions: PositiveInt = 16
     """Event streams that users are spread over; one consumer owns each. Fixed once a store holds events."""
     user_ttl_h: PositiveFloat = 24.0 * 90
-    """Hours after a user's last event when that user's history and counters are forgotten. The log itself never expires."""
+    """Hours after a user's last event when that user's history and counters are forgotten. The log itself never expires, and
+    what a user refused is kept for features.history.refused_days."""
     duplicate_ttl_h: PositiveFloat = 1.0
     """Hours during which a repeated event id is recognised. Costs about 100 bytes per event of that time."""
     append_timeout_ms: PositiveFloat = 5_000.0
@@ -81,9 +85,13 @@ class LoggedEvent(NamedTuple):
 
 @dataclass
 class UserState:
-    """What the store knows of a user: history, oldest first, profile, and packed counters (see `stream.Stream.unpack`)."""
+    """What the store knows of a user: history, oldest first, what was refused, profile, and packed counters (see
+    `stream.Stream.unpack`)."""
 
     events: list[StoredEvent] = field(default_factory=list)
+    """The history; a refusal is no member of it."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """Refused items, and when (time_ms): the newest `history.refused` of them."""
     profile: dict[str, Any] = field(default_factory=dict)
     counters: bytes = b""
 
@@ -173,6 +181,13 @@ def merged_profile(user_id: str, held: bytes, change: ProfileChange) -> bytes:
         raise StoreError(f"The profile of user '{user_id}' cannot be written as JSON ({fault}).") from fault
 
 
+def newest_refusals(held: dict[str, T], most: int) -> dict[str, T]:
+    """Item -> when it was refused, of the `most` refused last; of equal times the greater ids stay, in any store and in training."""
+    if len(held) <= most:
+        return held
+    return dict(sorted(held.items(), key=lambda e: (e[1], e[0].encode()))[-most:])
+
+
 class MemoryStore:
     """A store in this process, for tests and for trying things out: nothing survives it. Not for several threads."""
 
@@ -183,6 +198,7 @@ class MemoryStore:
         self._clock = clock
         self._log: list[list[bytes]] = [[] for _ in range(self.config.partitions)]
         self._histories: dict[str, list[StoredEvent]] = {}
+        self._refused: dict[str, dict[str, int]] = {}
         self._profiles: dict[str, bytes] = {}
         self._told: dict[tuple[str, str], float] = {}  # (user, event id) -> when it is forgotten
 
@@ -195,7 +211,9 @@ class MemoryStore:
             self._told[event.user_id, event.event_id] = now + self.config.duplicate_ttl_h * 3600
             self._log[partition_of(event.user_id, self.config.partitions)].append(record)
             accepted += 1
-            if self.history.admits(event.event):
+            if self.history.refuses(event.event):
+                self._refuse(event)
+            elif self.history.admits(event.event):
                 self._enter(from_record(record))
         return AppendResult(accepted, len(events) - accepted)
 
@@ -210,8 +228,16 @@ class MemoryStore:
         line.insert(at, StoredEvent(event.item_id, event.event, event.time_ms, event.value, event.event_id))
         del line[: -self.history.length]
 
+    def _refuse(self, event: NewEvent) -> None:
+        held = self._refused.setdefault(event.user_id, {})
+        held[event.item_id] = max(event.time_ms, held.get(event.item_id, event.time_ms))
+        self._refused[event.user_id] = newest_refusals(held, self.history.refused)
+
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:  # noqa: ARG002 - nothing to wait for
-        return [UserState(list(self._histories.get(u, ())), orjson.loads(self._profiles.get(u) or b"{}")) for u in user_ids]
+        return [
+            UserState(list(self._histories.get(u, ())), dict(self._refused.get(u, {})), orjson.loads(self._profiles.get(u) or b"{}"))
+            for u in user_ids
+        ]
 
     async def change_profiles(self, changes: Mapping[str, ProfileChange]) -> None:
         for user_id, change in changes.items():

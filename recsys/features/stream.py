@@ -55,7 +55,7 @@ class Stream:
 
     def touched(self, row: Row) -> Touched:
         """What an event adds to which keys. A pure function of the event."""
-        return self.reader.touched(row)
+        return self.reader.touched(row) if row.counted else []
 
     def add(self, states: States, number: int, key: Key, event: Event) -> None:
         """Apply one event to one key's state; a user's keys are bounded."""

@@ -309,6 +309,39 @@ def test_a_shorter_history_length_takes_hold_with_the_next_event(valkey):
     asyncio.run(scenario())
 
 
+def test_a_history_of_an_earlier_release_holds_refusals_which_are_read_as_such(valkey):
+    config = fresh()
+
+    async def scenario():
+        before = RedisStore(valkey.url, config, HistoryConfig().refusing(()))
+        await before.append([event("u", "a", 1), event("u", "b", 2, kind="dislike"), event("u", "c", 3, kind="hide"), event("u", "d", 4)])
+        await before.close()
+        now = RedisStore(valkey.url, config)
+        await now.append([event("u", "c", 5, kind="dislike")])
+        (state,) = await now.read(["u"], timeout_s=5.0)
+        assert [e.item_id for e in state.events] == ["a", "d"]
+        assert state.refused == {"b": 2, "c": 5}
+        await now.close()
+
+    asyncio.run(scenario())
+
+
+def test_refusals_survive_a_killed_server_and_expire_by_their_own_time(own_valkey):
+    async def scenario():
+        store = RedisStore(own_valkey.url, history=HistoryConfig(refused_days=2))
+        await store.append([event("u", "a", 1), event("u", "b", 2, kind="dislike")])
+        kill(own_valkey)
+        own_valkey.check()
+        (state,) = await store.read(["u"], timeout_s=5.0)
+        assert ([e.item_id for e in state.events], state.refused) == (["a"], {"b": 2})
+        async with Redis.from_url(own_valkey.url) as redis:
+            (key,) = [key async for key in redis.scan_iter(match="rf:*:r:u")]
+            assert 2 * 86_400 - 60 < await redis.ttl(key) <= 2 * 86_400
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_history_of_another_version_counts_as_none_and_is_begun_again(valkey):
     config = fresh()
     key = f"{config.prefix}:{{{partition_of('u', config.partitions)}}}:h:u"

@@ -33,6 +33,8 @@ class StandIn:
             rules=SimpleNamespace(pins=()), coarse_rank=SimpleNamespace(keep=50), fine_rank=SimpleNamespace(keep=20)
         )
         self.batches: list[int] = []
+        self.profile_columns = {"age": ColumnConfig(kind="number"), "country": ColumnConfig(kind="category")}
+        self.context_names = {"device", *self.profile_columns}
         parity = {"parity": ["even", "odd"] * (N // 2)}
         self.filters = Filters(Catalogue.of({"parity": ColumnConfig(kind="category")}, parity, N), self.items)
 

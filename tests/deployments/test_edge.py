@@ -12,6 +12,7 @@ import pytest
 from deployments.edge import Edge
 from deployments.rollout import Rollout
 from deployments.service import Service
+from recsys.data.sources import DataConfig
 from recsys.errors import BundleError, StoreUnavailableError, VersionAbsentError
 from recsys.features.store import AppendResult, MemoryStore, NewEvent, UserState
 from recsys.serve_config import ServeConfig
@@ -117,6 +118,22 @@ class TestRecommend:
             "variant": "default",
             "degraded": [],
         }
+
+    @pytest.mark.parametrize("path", ["/v1/recommend", "/v1/rank"])
+    def test_an_undeclared_feature_is_refused_with_the_column_that_was_meant(self, path: str) -> None:
+        body = {"user_id": "u1"} | ({"item_ids": ["i1"]} if path == "/v1/rank" else {})
+        heard = once("POST", path, body | {"features": {"age": 3, "contry": "nl"}})
+        assert (heard.status, heard.json["error"]["code"], heard.json["error"]["field"]) == (422, "unknown_field", "features.contry")
+        assert (
+            heard.json["error"]["message"] == "'features.contry' is no declared user column. Did you mean 'country'? Known: age, country."
+        )
+        assert once("POST", path, body | {"features": {"age": 3, "country": "nl"}}).status == 200
+
+    @pytest.mark.parametrize("path", ["/v1/recommend", "/v1/rank"])
+    def test_context_that_nothing_reads_is_taken_and_named_to_who_asks(self, path: str) -> None:
+        body = {"user_id": "u1", "context": {"device": "web", "devise": "web"}} | ({"item_ids": ["i1"]} if path == "/v1/rank" else {})
+        assert "ignored" not in once("POST", path, body).json
+        assert once("POST", path, body | {"explain": True}).json["ignored"] == ["devise"]
 
     def test_196_and_its_text_are_one_user(self) -> None:
         seen = []
@@ -358,6 +375,43 @@ class TestEvents:
             (8, "wrong_type"),
             (10, "unknown_field"),
         ]
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("  ", "is blank"),
+            ("", "is blank"),
+            ("cl\0ick", "cannot be shown"),
+            ("cli\u200bck", "cannot be shown"),
+            ("a\nb", "cannot be shown"),
+        ],
+    )
+    def test_an_event_whose_name_nobody_could_read_is_refused_singly_and_in_a_batch(self, name: str, why: str) -> None:
+        alone = once("POST", "/v1/events", event(event=name))
+        assert (alone.status, alone.json["error"]["code"], alone.json["error"]["field"]) == (422, "invalid_value", "event")
+        assert alone.json["error"]["message"].startswith("'event': the name ")
+        assert why in alone.json["error"]["message"]
+        heard = once("POST", "/v1/events", [event(), event(event=name)])
+        assert heard.json["accepted"] == 1
+        assert [(r["index"], r["code"]) for r in heard.json["rejected"]] == [(1, "invalid_value")]
+
+    def test_white_space_around_a_name_is_no_other_event_and_any_clean_name_is_taken(self) -> None:
+        rows = [event(event=" click "), event(event="click"), event(event="加入购物车"), event(event="add to cart")]
+        answer = once("POST", "/v1/events", [row | {"time": 1_700_000_000_000} for row in rows]).json
+        assert (answer["accepted"], answer["duplicates"], answer["rejected"]) == (3, 1, [])
+
+    def test_where_events_are_declared_another_name_is_refused_with_the_one_that_was_meant(self) -> None:
+        async def script(say: Any) -> Any:
+            alone = await say("POST", "/v1/events", orjson.dumps(event(event="clik")))
+            return alone, await say("POST", "/v1/events", orjson.dumps([event(event=n) for n in ("click", "zzz", "dislike", "impression")]))
+
+        known = DataConfig.model_validate({"interactions": {"path": "log.csv"}, "events": ["click", "buy"]}).event_names
+        alone, batch = talk(script, events=known)
+        assert (alone.status, alone.json["error"]["code"]) == (422, "unknown_event")
+        assert alone.json["error"]["message"] == "'event' is 'clik', which is not among data.events; did you mean 'click'?"
+        assert batch.json["accepted"] == 3
+        message = "'event' is 'zzz', which is not among data.events; known: click, buy, impression, dislike, hide, not_interested."
+        assert batch.json["rejected"] == [{"index": 1, "code": "unknown_event", "message": message}]
 
     def test_ten_thousand_events_are_taken_at_once_and_one_more_is_not(self) -> None:
         whole = {

@@ -74,7 +74,7 @@ def test_the_example_of_the_data_section_can_be_taken_over(tmp_path: Path) -> No
     example = yaml.safe_load(text.replace("extends:", "x:"))["data"]
     assert example["interactions"]["path"] == "log.csv"
     assert example["items"]["columns"]["price"]["kind"] == "number"
-    assert set(example) == {"interactions", "labels", "impressions", "items", "users", "history"}
+    assert set(example) == {"interactions", "labels", "refusals", "events", "impressions", "items", "users", "history"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml"))

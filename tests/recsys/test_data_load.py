@@ -185,9 +185,17 @@ def test_events_have_their_names_and_missing_ones_the_default(tmp_path):
     assert [log.event_names[e] for e in log.event] == ["view", "buy", "look"]
 
 
+def test_five_hundred_event_types_keep_their_names(tmp_path):
+    text = "u,i,t,e\n" + "".join(f"a,{n},{n},kind{n:03}\n" for n in range(500))
+    log = loaded(tmp_path, text, interactions={"event": {"column": "e"}}).interactions
+    assert [log.event_names[e] for e in log.event] == [f"kind{n:03}" for n in range(500)]
+
+
 def test_a_column_that_holds_no_event_types_is_refused(tmp_path):
-    text = "u,i,t,e\n" + "".join(f"a,{n},{n},kind{n}\n" for n in range(128))
-    with pytest.raises(DataError, match=r"'e' holds 128 different values, such as 'kind0' and 'kind1'. Expected event types, at most 127"):
+    text = "u,i,t,e\n" + "".join(f"a,{n},{n},kind{n}\n" for n in range(32_768))
+    with pytest.raises(
+        DataError, match=r"'e' holds 32,768 different values, such as 'kind0' and 'kind1'. Expected event types, at most 32,767"
+    ):
         loaded(tmp_path, text, interactions={"event": {"column": "e"}})
 
 

@@ -6,14 +6,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from recsys.core import Vocabulary
 from recsys.data import event_files
 from recsys.data.events import load
 from recsys.data.sources import DataConfig
 from recsys.errors import DataError
+from recsys.features.aggregates import AggregateConfig
+from recsys.features.asof import Asked, AsOf
 from recsys.features.declaration import HistoryConfig
-from recsys.features.generate import told
+from recsys.features.generate import Instant, told
+from recsys.features.groups import compiled
+from recsys.features.keys import KeyColumns
 from recsys.features.live_rows import row_reader
+from recsys.features.refusals import Refusals
 from recsys.features.store import NewEvent
+from recsys.features.stream import Stream
 from tests.live_events import Told, archive
 
 
@@ -93,7 +100,83 @@ def test_what_a_live_event_is_stays_known_where_the_files_name_no_events(tmp_pat
     as_served = [served(NewEvent(e.user, e.item, e.event, int(1000 * e.time_s), None, "x"), 0).told for e in events[1:4]]
     positive = [served(NewEvent(e.user, e.item, e.event, int(1000 * e.time_s), None, "x"), 0).labels["positive"] for e in events[1:4]]
     assert log.labels["positive"][2:].tolist() == positive == [1.0, 0.0, 1.0]
-    assert told(log, history)[2:].tolist() == as_served == [False, True, True]
+    assert told(log, history)[2:].tolist() == as_served == [False, False, True]
+
+
+@pytest.mark.parametrize("labels", [{}, {"good": {"column": "stars", "at_least": 4}}], ids=["no label", "a label of the value"])
+def test_both_roads_read_the_same_of_every_event(tmp_path, labels):
+    """Refusals of one's own, impressions in a log of none, values that pass the label's test."""
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,stars\nu,a,1,5\n")
+    events = [
+        Told("u", item, 2 + n, kind, value)
+        for n, (item, kind, value) in enumerate(
+            [
+                ("b", "nope", 5.0),
+                ("c", "nope", None),
+                ("d", "rating", 5.0),
+                ("e", "dislike", 5.0),
+                ("f", "impression", 5.0),
+                ("g", "view", 5.0),
+            ]
+        )
+    ]
+    interactions = {"path": "log.csv", "time": "ts", "value": "stars", "event": {"default": "rating"}}
+    log = loaded(tmp_path, interactions, events, labels=labels, refusals=["nope"]).interactions
+    data = DataConfig.model_validate({"interactions": interactions, "labels": labels, "refusals": ["nope"]})
+    history = HistoryConfig().refusing(data.refusals)
+    read = row_reader(data, history)
+    served = [read(NewEvent(e.user, e.item, e.event, int(1000 * e.time_s), e.value, "x"), 0) for e in events]
+    counted = [row for row in served if row.counted]
+    assert [row.item_id for row in counted] == log.items.outside(log.item)[1:] == ["b", "c", "d", "e", "g"], "no impression"
+    assert [row.labels["positive"] for row in counted] == log.labels["positive"].tolist()[1:] == [0, 0, 1, 1, 1]
+    assert [row.told for row in counted] == told(log, history).tolist()[1:] == [False, False, True, True, False]
+    assert (
+        [history.refuses(row.event) for row in counted] == Refusals.of(log, history).says.tolist()[1:] == [True, True, False, False, False]
+    )
+
+
+def test_a_live_event_keeps_its_type_in_a_log_of_impressions_that_names_none(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,is_click\nu,a,1,1\nu,b,2,0\n")
+    events = [Told("u", "c", 3, "impression"), Told("u", "c", 4, "click"), Told("u", "d", 5, "hide"), Told("u", "e", 6, "view")]
+    labels = {"click": {"column": "is_click"}}
+    log = loaded(tmp_path, {"path": "log.csv", "time": "ts"}, events, labels=labels, impressions=True).interactions
+    assert [log.event_names[e] for e in log.event] == ["click", "impression", "impression", "click", "hide", "view"]
+    assert told(log, HistoryConfig()).tolist() == [True, False, False, True, False, False]
+    assert Refusals.of(log, HistoryConfig()).says.tolist() == [False] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("column", [None, "what"])
+def test_five_hundred_types_of_live_events_are_read_and_aggregated_as_what_they_are(tmp_path, column):
+    """As retraining and the check of skew read them; codes of one byte ended at 127."""
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,what\nu,a,1,click\n")
+    interactions = {"path": "log.csv", "time": "ts", "event": {"column": column}}
+    log = loaded(tmp_path, interactions, [Told("u", "b", 2 + n, f"kind{n:03}") for n in range(500)]).interactions
+    assert [log.event_names[e] for e in log.event] == ["click", *(f"kind{n:03}" for n in range(500))]
+    aggregates = {"n": AggregateConfig(kind="count", key=("item",), events=("kind007", "kind300", "kind499", "absent"))}
+    plan = compiled(aggregates, priors={}, lateness_s=0, offset_s=0, gap_s=1)
+    asof = AsOf(plan, log, KeyColumns(), told(log, HistoryConfig()))
+    times = np.array([100.0, 400.0, 600.0])
+    asked = Asked(np.zeros(3, np.int64), np.full(3, log.items.row("b")), times, np.searchsorted(log.time, times))
+    assert asof.values(asked)["n"].tolist() == [1, 2, 3]
+
+
+def test_the_impressions_of_a_log_that_names_its_events_are_counted_in_both_roads(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,what\nu,a,1,click\n")
+    interactions = {"path": "log.csv", "time": "ts", "event": {"column": "what"}}
+    log = loaded(tmp_path, interactions, [Told("u", "b", 2, "impression")]).interactions
+    row = row_reader(DataConfig.model_validate({"interactions": interactions}), HistoryConfig())(
+        NewEvent("u", "b", "impression", 2000, None, "x"), 0
+    )
+    assert (len(log), row.counted, row.labels["positive"], float(log.labels["positive"][1])) == (2, True, 0, 0)
+
+
+def test_an_impression_in_a_log_of_none_is_counted_nowhere():
+    plan = compiled({"n": AggregateConfig(kind="count", key=("item",))}, priors={}, lateness_s=0, offset_s=0, gap_s=1)
+    stream = Stream(plan, Vocabulary([]), Vocabulary([]), KeyColumns())
+    read = row_reader(DataConfig.model_validate({"interactions": {"path": "log.csv"}}), HistoryConfig())
+    for n, kind in enumerate(["impression", "click", "impression", "view"]):
+        stream.apply(read(NewEvent("u", "a", kind, 1000 * n, None, f"e{n}"), n))
+    assert stream.values("u", "a", {}, Instant(9.0, 9))["n"] == 2
 
 
 def test_declared_context_comes_from_the_events_context(tmp_path):

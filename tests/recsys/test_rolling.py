@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from recsys.data.split import SplitConfig
+from recsys.features.declaration import HistoryConfig
 from recsys.funnel import Funnel
 from recsys.metrics import Relevant
 from recsys.prepared import prepare
@@ -16,7 +17,7 @@ from tests.small import Small
 def newest(small: Small) -> Newest:
     start = 1_700_000_000
     prepared = prepare(small.config, SplitConfig(by="time", valid_from=start + 6 * 3600, test_from=start + 8 * 3600))
-    return Newest.of(prepared, among=np.ones(len(prepared.log), bool), history=10, k=10, again=False, most=40, seed=1)
+    return Newest.of(prepared, among=np.ones(len(prepared.log), bool), history=HistoryConfig(length=10), k=10, again=False, most=40, seed=1)
 
 
 def test_requests_hold_what_was_done_before_and_seek_what_came_then(newest):
