@@ -2,10 +2,11 @@
 
 The busiest late day of ML-100k against a service trained on what came before it. The day's events are posted in the order of
 their times, which are the day's own, pressed into `--seconds` that begin now; one in twenty is told twice and one in twenty comes
-some seconds late. In between pages are asked for, and every page is logged with the values that it was ranked by. Then
-`rayfunnel skew`: each value once more from the log, as of what its page names. It must find nothing. Afterwards the same with a
-bug put into the offline road (windows a bucket too long), and with one in the online road (the log of a page's counters shifted by an
-entry): both must be found, in the features that they touch alone.
+some seconds late. A rating has impressions, views and clicks before it, and of the low ones some are dislikes instead. In between
+pages are asked for, and every page is logged with the values that it was ranked by. Then `rayfunnel skew`: each value once more from
+the log, as of what its page names. It must find nothing. Afterwards the same with bugs put into the offline road (windows a bucket
+too long; refusals in histories; types of live events forgotten; impressions counted where the log holds none), and with one in the
+online road (the log of a page's counters shifted by an entry): each must be found.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from cluster.fetch import fetch
 from cluster.registry import Registry
 from recsys import packing
 from recsys.config import Config, load
+from recsys.data import live_log
+from recsys.data import log as raw_log
+from recsys.data.sources import DataConfig
 from recsys.features.asof import AsOf
+from recsys.features.declaration import HistoryConfig
 from recsys.skew import Report
 from tests.benchmarks.live_service import Connection
 from tests.benchmarks.load import free_port
@@ -56,12 +61,34 @@ DECLARED = {
     "user_genre": {"kind": "mean", "key": ["user", "genres"], "of": "value"},
     "user_hours": {"kind": "count", "key": ["user", "hour"]},
     "newest": {"kind": "last", "key": "user", "n": 5},
+    "oldest": {"kind": "first", "key": "user", "n": 3},
+    "viewed": {"kind": "last", "key": "user", "n": 5, "events": ["view"]},
+    "viewed_year": {"kind": "match", "of": "year", "n": 5, "events": ["view"]},
+    "item_views": {"kind": "count", "key": "item", "window": "1h", "events": ["view"]},
+    "item_refused": {"kind": "count", "key": "item", "decay": "1h", "events": ["dislike"]},
+    "item_good": {"kind": "rate", "key": "item", "window": "7d"},
+    "user_good": {"kind": "rate", "key": "user", "decay": "24h"},
+    "user_years": {"kind": "distinct", "key": "user", "of": "year", "window": "24h"},
     "same_genre": {"kind": "match", "of": "year", "n": 10},
     "item_share": {"kind": "ratio", "parts": ["item_1m", "item_n"]},
 }
 """Every kind, window and key that the configuration knows, over the columns of the data set."""
 BEFORE = 30_000
 """Events that the service is trained on: the newest before the day."""
+
+
+ALSO = (("impression", 0.5, 30), ("view", 0.4, 20), ("click", 0.2, 10))
+"""What comes before a rating: the type, its chance, and how many ms before."""
+DISLIKED, DISLIKES = 2.0, 0.7
+"""Highest rating that may be a dislike instead, and the chance of it."""
+
+
+def told_of(n: int, row: Any, at_ms: int, rng: random.Random) -> list[dict[str, Any]]:
+    """The events of one rating of the data set, in order."""
+    said = {"user_id": row.user, "item_id": row.item}
+    out = [said | {"event": kind, "time": at_ms - ms, "event_id": f"{kind}{n}"} for kind, chance, ms in ALSO if rng.random() < chance]
+    last = "dislike" if row.value <= DISLIKED and rng.random() < DISLIKES else "rating"
+    return [*out, said | {"event": last, "value": row.value, "time": at_ms, "event_id": f"e{n}"}]
 
 
 def day_of(log: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -123,21 +150,15 @@ async def lived(url: str, day: pd.DataFrame, known: list[str], seconds: float) -
         finally:
             free.put_nowait(line)
 
-    tasks = []
+    tasks, kinds = [], Counter[str]()
     for n, row in enumerate(day.itertuples(index=False)):
         at = began + (float(row.time) - first) * pace
-        event = {
-            "user_id": row.user,
-            "item_id": row.item,
-            "event": "rating",
-            "value": row.value,
-            "time": int(1000 * at),
-            "event_id": f"e{n}",
-        }
+        events = told_of(n, row, int(1000 * at), rng)
+        kinds.update(e["event"] for e in events)
         late = rng.uniform(1, 8) if rng.random() < 0.05 else 0.0
-        tasks.append(ask("/v1/events", event, at + late))
+        tasks.append(ask("/v1/events", events, at + late))
         if rng.random() < 0.05:
-            tasks.append(ask("/v1/events", event, at + late + rng.uniform(0, 3)))
+            tasks.append(ask("/v1/events", events[-1], at + late + rng.uniform(0, 3)))
         if rng.random() < 0.3:
             user = row.user if rng.random() < 0.8 else rng.choice(known)
             asked += 1
@@ -146,7 +167,7 @@ async def lived(url: str, day: pd.DataFrame, known: list[str], seconds: float) -
     line, until = lines[0], time.monotonic() + 120
     while True:  # every event is in Parquet
         _, told = await line.ask("GET", "/v1/ingest")
-        if told["events"] >= len(day) and not (told["lag"] or told["items_lag"] or told["parquet_lag"]):
+        if told["events"] >= kinds.total() and not (told["lag"] or told["items_lag"] or told["parquet_lag"]):
             break
         if time.monotonic() > until:
             raise SystemExit(f"Consumers did not catch up: {told}")
@@ -154,7 +175,7 @@ async def lived(url: str, day: pd.DataFrame, known: list[str], seconds: float) -
     await asyncio.sleep(2.5)  # impressions are written
     for line in lines:
         line.close()
-    return {"events": len(day), "pages_asked": asked, "answers": dict(statuses), "seconds": round(time.time() - began, 1)}
+    return {"events": dict(kinds), "pages_asked": asked, "answers": dict(statuses), "seconds": round(time.time() - began, 1)}
 
 
 def checked(config: Config, console: Console) -> dict[str, Any]:
@@ -180,6 +201,32 @@ def long_windows() -> Any:
         return honest(self, dataclasses.replace(m, buckets=m.buckets + 1) if getattr(m, "buckets", 0) else m, *rest)
 
     with mock.patch.object(AsOf, "_run", run):
+        yield
+
+
+@contextmanager
+def refusals_in_histories() -> Any:
+    """The batch road with what was refused among the members of histories."""
+    with mock.patch.object(HistoryConfig, "admits", lambda _, event: event not in ("impression", "view")):
+        yield
+
+
+@contextmanager
+def types_forgotten() -> Any:
+    """The batch road that takes every live event for one of the log's default type."""
+    honest = raw_log.as_rows
+
+    def as_rows(*given: Any) -> Any:
+        return honest(*given).drop_columns([live_log.TYPE])
+
+    with mock.patch.object(raw_log, "as_rows", as_rows):
+        yield
+
+
+@contextmanager
+def impressions_counted() -> Any:
+    """The batch road that counts impressions in a log that holds none."""
+    with mock.patch.object(DataConfig, "leaves_out_impressions", property(lambda _: False)):
         yield
 
 
@@ -221,10 +268,13 @@ def main() -> None:
         shown = [pq.read_table(f) for f in sorted((Path(config.root) / "impressions").glob("*.parquet"))]
         found["snapshots"] = len({at for t in shown for at in t["snapshot_s"].to_pylist()})
         found["degraded_pages"] = int(np.sum([bool(d) for t in shown for d in t["degraded"].to_pylist()]))
-        with long_windows():
-            found["window_one_bucket_off"] = checked(config, Console(quiet=True))
+        for bug in (long_windows, refusals_in_histories, types_forgotten, impressions_counted):
+            with bug():
+                found[bug.__name__] = checked(config, Console(quiet=True))
         with shifted_pages(config):
             found["one_event_ahead"] = checked(config, Console(quiet=True))
+    bugs = ("long_windows", "refusals_in_histories", "types_forgotten", "impressions_counted", "one_event_ahead")
+    found["caught"] = f"{sum(found[bug]['mismatches'] > 0 for bug in bugs)} of {len(bugs)}"
     console.print(found)
     if given.json:
         print(json.dumps(found))
