@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from recsys.data.interactions import SHOWN
 from recsys.features.aggregates import CLOCK_KEYS
 from recsys.features.asof import Asked, AsOf
 from recsys.features.encoders import as_floats
@@ -97,7 +98,7 @@ def _read(asof: AsOf, groups: Sequence[Group]) -> tuple[list[str], list[str], li
     signals = [s for g in groups for s in g.signals]
     numbers = {s.of for s in signals if s.kind in ("mean", "number") and s.of in asof.log.context}
     coded = ({p for g in groups for p in g.key} | {s.of for s in signals}) & set(asof.context) - numbers
-    return sorted(coded), sorted(numbers), sorted({s.of for s in signals if s.kind == "rate"} & set(asof.log.labels))
+    return sorted(coded), sorted(numbers), sorted(({s.of for s in signals if s.kind == "rate"} | {SHOWN}) & set(asof.log.labels))
 
 
 _TYPES = {

@@ -21,7 +21,7 @@ from recsys.core import UNKNOWN, Vocabulary
 from recsys.data import cleaning
 from recsys.data.cleaning import Account, Coded
 from recsys.data.columns import FROM_TIME
-from recsys.data.interactions import POSITIVE, Interactions, group
+from recsys.data.interactions import POSITIVE, SHOWN, Interactions, group
 from recsys.data.log import Events, clean, read_log
 from recsys.data.paths import resolver
 from recsys.data.sources import IMPRESSION, DataConfig, InteractionsConfig, is_positive
@@ -112,11 +112,14 @@ def _vocabulary(log: Coded, table: Table | None, past: Coded | None) -> _Rows:
 
 
 def _labels(log: pa.Table, config: DataConfig, events: Events) -> dict[str, np.ndarray]:
-    """Declared labels, and `positive`: the first of them, or every row that `is_positive` lets be one."""
+    """Declared labels, and `positive`: the first of them, or every row that `is_positive` lets be one. And SHOWN, beside live exposures."""
     labels = {name: cleaning.label(log[rule.column], rule, key=f"labels.{name}") for name, rule in config.labels.items()}
     first = next(iter(labels), None)
+    if SHOWN in log.column_names:
+        labels[SHOWN] = log[SHOWN].fill_null(True).cast(pa.float32()).to_numpy()
     if first is None:
-        return {POSITIVE: np.array([is_positive(name, config.refusals) for name in events.event_names], np.float32)[events.event]}
+        positive = np.array([is_positive(name, config.refusals) for name in events.event_names], np.float32)[events.event]
+        return {**labels, POSITIVE: positive}
     # A refusal may bring a value that passes the label's test.
     refuses = np.array([name in config.refusals for name in events.event_names], bool)[events.event]
     labels[first] = np.where(refuses, np.float32(0), labels[first])

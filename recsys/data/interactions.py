@@ -17,6 +17,9 @@ from scipy import sparse
 from recsys.core import Vocabulary
 
 POSITIVE = "positive"
+SHOWN = "shown, not told of"
+"""A label that nobody declares: 1 for an exposure, a rate's trial; 0 for the click of one that stands in a row of its own, as live events do
+in a log of impressions. Absent where every row is a trial."""
 """The label that every log has: 1 where the row counts as a positive."""
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from recsys.data import event_files
 from recsys.data.columns import FROM_TIME
-from recsys.data.interactions import Interactions
+from recsys.data.interactions import SHOWN, Interactions
 from recsys.data.sources import IMPRESSION, DataConfig, LogColumns, is_positive
 from recsys.errors import DataError
 
@@ -78,6 +78,8 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
             yes = rule.equals if rule.equals is not None else 1 if rule.at_least is None else rule.at_least
             out[rule.column] = pa.array([yes if s else None for s in said])
     cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
+    if config.impressions:  # a click is told of by itself here; in the files it is the label of what was shown
+        cast[SHOWN] = pc.equal(events["event"], IMPRESSION)
     return pa.table(cast if columns.event.column is not None else {**cast, TYPE: events["event"]})
 
 

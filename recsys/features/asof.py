@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.data.interactions import Interactions
+from recsys.data.interactions import SHOWN, Interactions
 from recsys.errors import DataError
 from recsys.features import runs
 from recsys.features.aggregates import CLOCK_KEYS, DAY_S
@@ -181,7 +181,8 @@ class AsOf:
             says = np.array([n in signal.events for n in log.event_names], bool)[log.event]
         if signal.kind == "rate":
             hit = log.labels[signal.of] if signal.of in log.labels else np.array([n == signal.of for n in log.event_names])[log.event]
-            return says, np.stack([np.ones(E), hit.astype(np.float64)], 1)
+            trials = log.labels[SHOWN].astype(np.float64) if SHOWN in log.labels else np.ones(E)
+            return says, np.stack([trials, hit.astype(np.float64)], 1)
         if signal.kind == "count":
             return says, np.ones((E, 1))
         if signal.kind == "recency":

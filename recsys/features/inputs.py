@@ -16,7 +16,7 @@ import numpy as np
 
 from recsys.core import Queries, Vocabulary, id_hash
 from recsys.data.columns import ColumnConfig
-from recsys.data.interactions import Interactions
+from recsys.data.interactions import SHOWN, Interactions
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import Asked, AsOf, Raw, Road, Roads, in_process
 from recsys.features.declaration import FeaturesConfig
@@ -347,7 +347,8 @@ def _plan(config: FeaturesConfig, priors: Mapping[str, float], gap_s: float) -> 
 def _mean_rate(a: AggregateConfig, log: Interactions) -> float:
     hit = log.labels[a.reads] if a.reads in log.labels else np.array([n == a.reads for n in log.event_names])[log.event]
     counted = np.ones(len(log), bool) if a.events is None else np.array([n in a.events for n in log.event_names])[log.event]
-    return float(hit[counted].mean()) if counted.any() else 0.0
+    trials = float(log.labels[SHOWN][counted].sum()) if SHOWN in log.labels else float(counted.sum())
+    return min(float(hit[counted].sum()) / trials, 1.0) if trials else 0.0
 
 
 def _transformed(kind: str, x: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.core import Queries, Vocabulary
-from recsys.data.interactions import Interactions
+from recsys.data.interactions import SHOWN, Interactions
 from recsys.features.aggregates import CLOCK_KEYS
 from recsys.features.asof import Raw
 from recsys.features.encoders import spelled
@@ -315,6 +315,7 @@ def rows_of(log: Interactions, told: np.ndarray, at: np.ndarray | None = None) -
             value=float(log.value[i]),
             labels={name: float(label[i]) for name, label in log.labels.items()},
             context={name: column[i] for name, column in log.context.items()},
+            shown=SHOWN not in log.labels or bool(log.labels[SHOWN][i]),
             told=bool(told[i]),
         )
 

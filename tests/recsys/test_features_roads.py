@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.core import Vocabulary
-from recsys.data.interactions import Interactions
+from recsys.data.interactions import SHOWN, Interactions
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import AsOf
 from recsys.features.counting import by_name
@@ -20,6 +20,7 @@ from recsys.features.generate import Instant, screen
 from recsys.features.groups import Row, compiled
 from recsys.features.keys import KeyColumns, TextColumn, clock_codes
 from recsys.features.reading import clock_text
+from recsys.features.states import rows_of
 from recsys.features.stream import Stream
 from recsys.features.tally import Part
 
@@ -141,6 +142,21 @@ def test_streaming_in_order_gives_the_batch_values_at_every_event(rows, impressi
             again = live.unpack(live.pack(states))
             states.clear()
             states.update(again)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=events)
+def test_clicks_told_of_by_themselves_are_no_trials_in_either_road(rows):
+    """In a log of impressions a live click is a row of its own: the hit of an exposure that stands in another row."""
+    plain = log_of(rows, impressions=True)
+    shown = np.array([r[6] % 2 for r in sorted(rows, key=lambda r: r[2])], np.float32)
+    log = replace(plain, labels={**plain.labels, SHOWN: shown})
+    asof = AsOf(PLAN, log, COLUMNS, np.ones(len(log), bool), offset_s=8 * HOUR)
+    batch, live = asof.values(asof.at_rows(np.arange(len(log)))), stream()
+    for i, row in enumerate(rows_of(log, asof.told)):
+        assert row.shown == bool(shown[i])
+        assert_same(batch, i, live.values(row.user_id, row.item_id, row.context, screen(row.time)), asof)
+        live.apply(row)
 
 
 @settings(max_examples=100, deadline=None)

@@ -9,6 +9,7 @@ import pytest
 from recsys.core import Vocabulary
 from recsys.data import event_files
 from recsys.data.events import load
+from recsys.data.interactions import SHOWN
 from recsys.data.sources import DataConfig
 from recsys.errors import DataError
 from recsys.features.aggregates import AggregateConfig
@@ -143,6 +144,12 @@ def test_a_live_event_keeps_its_type_in_a_log_of_impressions_that_names_none(tmp
     assert [log.event_names[e] for e in log.event] == ["click", "impression", "impression", "click", "hide", "view"]
     assert told(log, HistoryConfig()).tolist() == [True, False, False, True, False, False]
     assert Refusals.of(log, HistoryConfig()).says.tolist() == [False] * 4 + [True, False]
+    assert log.labels[SHOWN].tolist() == [1, 1, 1, 0, 0, 0], "rows of the files were shown, and live ones that say so"
+    ctr = {"ctr": AggregateConfig(kind="rate", key=("user",), prior=0.0, strength=0.0)}
+    asof = AsOf(compiled(ctr, priors={}, lateness_s=0, offset_s=0, gap_s=1), log, KeyColumns(), told(log, HistoryConfig()))
+    asked = Asked(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([9.0]), np.array([6]))
+    # Shown: a, b, c. Clicked: a in its own row, c in another one; the view counts as a positive of the first label.
+    assert asof.values(asked)["ctr"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("column", [None, "what"])
