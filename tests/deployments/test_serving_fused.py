@@ -111,7 +111,9 @@ def test_strange_but_valid_input_is_answered(fused: Live) -> None:
     client = fused.client()
     assert client.recommend("ü/商 \U0001f600").status == 200
     assert len(client.recommend("u1", 1_000).json["items"]) <= 41
-    assert client.recommend("u1", 3, context={"device": ["odd", None]}, features={"country": 5, "nobody": "knows"}).status == 200
+    assert client.recommend("u1", 3, context={"device": ["odd", None]}, features={"country": 5}).status == 200
+    refused = client.recommend("u1", 3, features={"nobody": "knows"})
+    assert (refused.status, refused.json["error"]["field"]) == (422, "features.nobody")
     events = [{"user_id": f"w{n % 9}", "item_id": f"new/{n}", "event": "view"} for n in range(10_000)]
     told = client.ask("POST", "/v1/events", events)
     assert (told.status, told.json["accepted"]) == (202, 10_000)
