@@ -55,14 +55,11 @@ class ItemTable:
                 self._states[row] = state
                 stale.append(row)
             rows[n] = row
-        self._compute(np.unique(np.concatenate([np.array(stale, np.int64), rows[rows < len(self._until)][self._over(rows, at)]])), at)
+        known = rows[rows < len(self._until)]
+        self._compute(np.union1d(np.array(stale, np.int64), known[self._until[known] <= at]), at)
         if not np.array_equal(rows, self._shown):
             self._shown, self._keys = rows, pa.array(["\0".join(key) for key, _ in held], pa.string())
         return pa.table({"key": self._keys} | self._columns(rows, at))
-
-    def _over(self, rows: np.ndarray, at: float) -> np.ndarray:
-        over: np.ndarray = self._until[rows[rows < len(self._until)]] <= at
-        return over
 
     def _compute(self, rows: np.ndarray, at: float) -> None:
         """Values of these rows (n,) at an instant, and until when they stand."""
