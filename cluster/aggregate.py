@@ -4,17 +4,18 @@ Events and instants are dealt by the hash of one part of a key (its user, its it
 need and runs the batch road (`features.asof`) as it is. Groups that are dealt alike share a pass, and all passes one shuffle. A
 key of a list alone (tags) has a row in as many parts as it has values; the parts' amounts are merged before they become numbers.
 
-By this road come, where it is chosen: the scales that `prepare` fits, and the values in the examples of the fine ranker and of
-protocol ctr. Bounded is what one task holds: about `EVENTS_A_PART` events and instants, or those of one value that they are dealt
-by where it alone has more (a context of three values makes three parts), with some `BYTES` for each key and signal that the batch
-road keeps of an event. Between tasks the shuffle holds the rows, 50 bytes each for each pass, spread over Ray's processes.
+By this road come, where it is chosen: the scales that `prepare` fits, the values in the examples of the fine ranker and of
+protocol ctr, and what `features describe` shows. Bounded is what one task holds: about `EVENTS_A_PART` events and instants, or
+those of one value that they are dealt by where it alone has more (a context of three values makes three parts), with some `BYTES`
+for each key and signal that the batch road keeps of an event. Between tasks the shuffle holds the rows, 50 bytes each for each
+pass, spread over Ray's processes.
 
 The calling process holds no log: its columns are mapped from the prepared state's file, from which blocks are cut, and only the
 instants (some 40 bytes each), their answers (8 bytes each) and the codes of context columns (4 bytes an event) are its own. 5 M events,
 12 aggregates and half a million instants take 165 MiB of it, 61 of them the answers; in one process 2.8 GiB (`tests.benchmarks.aggregates`).
 Reading and cleaning a new log, before all this, is `prepare`'s and is done in one process. And still by the road of one process, over the
 whole log: pages that are judged offline (whose candidates nobody knows before they are asked), logged pages that `retrain` learns from,
-`features describe`, and the states that a bundle begins with (the streaming road).
+and the states that a bundle begins with (the streaming road).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What `features describe` prints: each declared aggregate with its key, window, coverage, distribution, staleness and bytes.
 
-Taken at the newest rows of the log, as they were asked; bytes from replaying these rows through the streaming road.
+Taken at the newest rows of the log, as they were asked; bytes from replaying these rows through the streaming road. A
+large log is counted on Ray Data, as for training.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def described(prepared: Prepared) -> list[dict[str, Any]]:
     log, rows = prepared.log, np.arange(max(0, len(prepared.log) - MOST_ROWS), len(prepared.log))
     offset_s = inputs.config.utc_offset_s
     asof = AsOf(inputs.plan, log, inputs.columns, prepared.told, offset_s=offset_s)
-    raw = inputs.crossed(inputs.row_values(asof, rows), log.user[rows], log.item[rows])
+    raw = inputs.crossed(inputs.row_values(asof, rows, prepared.roads(asof)), log.user[rows], log.item[rows])
     ages = _ages(inputs, prepared, rows)
     bytes_of = _bytes(inputs, prepared, rows)
     found = []
@@ -119,7 +120,8 @@ def _ages(inputs: AggregateInputs, prepared: Prepared, rows: np.ndarray) -> dict
     keys = {" ".join(g.key): AggregateConfig(kind="recency", key=g.key) for g in inputs.plan.groups}
     plan = compiled(keys, priors={}, lateness_s=0.0, offset_s=inputs.config.utc_offset_s, gap_s=inputs.gap_s)
     asof = AsOf(plan, prepared.log, inputs.columns, prepared.told, offset_s=inputs.config.utc_offset_s)
-    return {keys[name].key: age for name, age in asof.values(asof.at_rows(rows)).items()}
+    ages = (prepared.roads(asof) or AsOf.values)(asof, asof.at_rows(rows), plan.groups)
+    return {keys[name].key: age for name, age in ages.items()}
 
 
 def _bytes(inputs: AggregateInputs, prepared: Prepared, rows: np.ndarray) -> dict[tuple[str, ...], tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""How long new events take to a promoted version: `python -m tests.benchmarks.retrain [--json] [--quick] [--live 0.1,0.3]`.
+"""How long new events take to a promoted version: `python -m tests.benchmarks.retrain [--json] [--quick] [--live 0.1,0.2,0.3]`.
 
 ML-100k up to a time is the log of a first version; what came later comes in live, as Parquet of the event log. Measured is
 `rayfunnel retrain` from the last event's file to the promoted version, going on from the serving version's weights and fitting
@@ -31,7 +31,7 @@ from recsys.errors import RetrainRefusedError
 from tests.live_events import Told, archive
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-LIVE = (0.1, 0.3)
+LIVE = (0.1, 0.2, 0.3)
 """Shares of the log that come in live."""
 
 

@@ -201,6 +201,10 @@ def test_prepared_on_ray_and_in_one_process_are_the_same(tmp_path, ray_cluster, 
     assert got.keys() == expected.keys()
     for name, column in expected.items():
         np.testing.assert_allclose(got[name], column, rtol=1e-5, err_msg=name)
+    for ours, theirs in zip(features_report.described(far), features_report.described(near), strict=True):
+        shown = [*ours.pop("distribution"), ours.pop("coverage"), ours.pop("staleness_s")]
+        assert shown == pytest.approx([*theirs.pop("distribution"), theirs.pop("coverage"), theirs.pop("staleness_s")], nan_ok=True)
+        assert ours == theirs
     far_away, reason = ray.get(ray.remote(num_cpus=1)(aggregate.on_ray).remote(None, near.live.source.asof))
     assert not far_away, "a task that waits for tasks may wait for ever"
     assert "a task on Ray itself" in reason
