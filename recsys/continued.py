@@ -28,6 +28,7 @@ from recsys.exposures import Pages, beside, page_examples
 from recsys.features.schema import FeatureSpace, Field
 from recsys.funnel import Funnel
 from recsys.growing import State, difference, grown, new_ids
+from recsys.lessons import lessons
 from recsys.recipe import MOST_VALIDATED, Cut, Recipe
 from recsys.retrain_config import RetrainConfig
 from recsys.training import ModelConfig, TrainingConfig
@@ -98,14 +99,17 @@ class Continued(Recipe):
     def cut(self) -> Cut:
         """The window is what is new in train; base is all that the old version may have known."""
         log, split = self.prepared.log, self.prepared.split
-        learn = log.positive | (log.impressions and self.config.examples.exposed)
+        taught = lessons(
+            log, split.parts * 2 + self.fresh, exposed=self.config.examples.exposed, window_s=3600 * self.config.retrain.click_window_h
+        )
         base_mask = split.train & ~self.fresh
         return Cut(
             base=np.flatnonzero(base_mask & log.positive),
-            window=np.flatnonzero(split.train & self.fresh & learn),
-            valid=np.flatnonzero(split.valid & learn),
+            window=np.flatnonzero(split.train & self.fresh & taught.rows),
+            valid=np.flatnonzero(split.valid & taught.rows),
             base_mask=base_mask,
             judged_mask=split.train | split.valid,
+            taken=taught.taken,
         )
 
     @cached_property

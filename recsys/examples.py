@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from recsys.config import ExamplesConfig
 from recsys.core import UNKNOWN, Candidates, Queries, top_k
-from recsys.data.interactions import Interactions
 from recsys.evidence import EVIDENCE, evidence, unvouched
 from recsys.features.ahead import counted
 from recsys.features.schema import Field
@@ -65,11 +64,13 @@ class Dice:
 
 
 class _Draw(NamedTuple):
-    """How negatives are drawn: the configuration, how often each item (I,) is a positive, and the dice."""
+    """How negatives come: the configuration, how often each item (I,) is a positive, and the dice."""
 
     config: ExamplesConfig
     popularity: np.ndarray
     rng: np.random.Generator
+    exposed: bool
+    """Whether an item that was shown and passed over is a lesson."""
 
 
 def two_tower_examples(
@@ -124,16 +125,20 @@ def ranker_examples(
     config: ExamplesConfig,
     *,
     seed: int,
+    taken: np.ndarray | None = None,
     dice: Dice | None = None,
     progress: Counted = uncounted,
 ) -> Columns:
     """Pairs (moment, candidate) at log positions `at` (n,) with everything the fine stage sees, and a 0/1 `label`.
 
+    `taken` (E,) bool says of which rows of the log the item was taken (default: the positives; see `recsys.lessons`).
+
     A positive that recall did not find is left out: the fine stage never meets it. `moment` numbers the group of a row.
     With `dice` some of the users are strangers (see `Dice`), to every stage alike. `progress` is told of every lot that is done.
     """
     popularity = np.bincount(moments.log.item[moments.log.positive], minlength=len(funnel.items)).astype(np.float64)
-    draw = _Draw(config, popularity, np.random.default_rng(seed))
+    draw = _Draw(config, popularity, np.random.default_rng(seed), moments.log.impressions and config.exposed)
+    positive = moments.log.positive if taken is None else taken
     parts: list[Columns] = []
     lots: list[tuple[Queries, np.ndarray]] = []
     for start in range(0, len(at), CHUNK):
@@ -143,7 +148,7 @@ def ranker_examples(
             new = dice.forget(queries)
             queries.memo["fields"] = funnel.space.estranged(funnel.user_fields(queries), queries, new)
             asked = replace(queries, users=np.where(new, UNKNOWN, queries.users).astype(np.int32), memo={})  # nothing was counted of them
-        items, says, labels = _pairs(funnel, queries, moments.log, chunk, draw)
+        items, says, labels = _pairs(funnel, queries, moments.log.item[chunk], positive[chunk], draw)
         parts.append(_known_columns(funnel, queries, (items, says, labels), start))
         if funnel.live is not None:
             lots.append((asked.bare(), items))
@@ -179,11 +184,13 @@ def _of_slots(items: np.ndarray, own: Columns, pairs: Columns) -> Columns:
     return {name: column[b] for name, column in own.items()} | {name: column[b, n] for name, column in pairs.items()}
 
 
-def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, draw: _Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """((B, M) items or -1, (B, M, w) evidence, (B, M) labels): the logged item first, then drawn negatives."""
+def _pairs(
+    funnel: Funnel, queries: Queries, logged: np.ndarray, positive: np.ndarray, draw: _Draw
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """((B, M) items or -1, (B, M, w) evidence, (B, M) labels): the `logged` (B,) item first, `positive` (B,) or not, then drawn negatives."""
     candidates = funnel.coarse_rank(queries, funnel.recall(queries))
     if not candidates.width:  # nobody in this batch has anything left to be shown: one empty slot each
-        B, C = len(at), len(candidates.channels)
+        B, C = len(logged), len(candidates.channels)
         nothing = np.full((B, 1), -np.inf, np.float32)
         candidates = Candidates(
             np.full((B, 1), UNKNOWN, np.int32),
@@ -194,13 +201,13 @@ def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, 
             merged=nothing,
         )
     says = evidence(candidates)
-    target, positive = log.item[at][:, None], log.positive[at]
+    target = logged[:, None]
     hit = (candidates.items == target) & (candidates.items != UNKNOWN)  # (B, N)
     found, slot = hit.any(1), hit.argmax(1)
-    rows = np.arange(len(at))
+    rows = np.arange(len(logged))
     first_says = np.where(found[:, None], says[rows, slot], unvouched(says.shape[2]))[:, None, :]
     # Shown and passed over is a lesson even when recall would not have found it; a positive is one only if it was found.
-    keep_first = np.where(positive, found, log.impressions and draw.config.exposed)
+    keep_first = np.where(positive, found, draw.exposed)
     first = np.where(keep_first[:, None], target, UNKNOWN)
     dice = np.where(hit | (candidates.items == UNKNOWN) | ~(positive & found)[:, None], -np.inf, draw.rng.random(candidates.items.shape))
     chosen, _ = top_k(dice.astype(np.float32), draw.config.recalled)
@@ -217,7 +224,7 @@ def _pairs(funnel: Funnel, queries: Queries, log: Interactions, at: np.ndarray, 
 
 def _blind_negatives(queries: Queries, target: np.ndarray, wanted: np.ndarray, draw: _Draw) -> np.ndarray:
     """(B, uniform + popularity) item rows drawn without looking at the candidates; -1 where one was had or is the target."""
-    config, popularity, rng = draw
+    config, popularity, rng = draw.config, draw.popularity, draw.rng
     B, n_items = len(queries), len(popularity)
     uniform = rng.integers(0, n_items, (B, config.uniform))
     weights = popularity / max(popularity.sum(), 1.0)

@@ -36,6 +36,7 @@ from recsys.features.refusals import Refusals
 from recsys.features.schema import Field
 from recsys.funnel import Funnel
 from recsys.held_out import HeldOut, after_training, before_first
+from recsys.lessons import lessons
 from recsys.models.two_tower import TwoTower
 from recsys.moments import Moments
 from recsys.prepared import Prepared
@@ -73,6 +74,8 @@ class Cut:
     base_mask: np.ndarray
     judged_mask: np.ndarray
     """What the judged funnel learns from: by time all that is known when the test begins, else train."""
+    taken: np.ndarray
+    """(E,) bool: rows of window and valid whose item was taken."""
 
 
 def cut(prepared: Prepared, config: Config) -> Cut:
@@ -89,13 +92,14 @@ def cut(prepared: Prepared, config: Config) -> Cut:
         in_window = np.zeros(len(log_), bool)
         in_window[train[int(len(train) * (1 - config.examples.window_share)) :]] = True
     base_mask = split.train & ~in_window
-    learn = log_.positive | (log_.impressions and config.examples.exposed)
+    taught = lessons(log_, split.parts * 2 + in_window, exposed=config.examples.exposed, window_s=3600 * config.retrain.click_window_h)
     return Cut(
         base=np.flatnonzero(base_mask & log_.positive),
-        window=np.flatnonzero(in_window & learn),
-        valid=np.flatnonzero(split.valid & learn),
+        window=np.flatnonzero(in_window & taught.rows),
+        valid=np.flatnonzero(split.valid & taught.rows),
         base_mask=base_mask,
         judged_mask=split.train | split.valid if split.by == "time" else split.train,
+        taken=taught.taken,
     )
 
 
@@ -208,7 +212,14 @@ class Recipe:
             with self.bar("examples of fine_rank", len(window) + len(held)) as tell:
                 train, valid = (
                     examples.ranker_examples(
-                        funnel, self.moments, at, self.config.examples, seed=self.config.seed + i, dice=dice, progress=tell
+                        funnel,
+                        self.moments,
+                        at,
+                        self.config.examples,
+                        taken=self.cut.taken,
+                        seed=self.config.seed + i,
+                        dice=dice,
+                        progress=tell,
                     )
                     for i, (at, dice) in enumerate(((window, self._dice("fine_rank")), (held, None)))
                 )

@@ -39,6 +39,7 @@ class RetrainConfig(FrozenConfig):
     learning_rate: PositiveFloat = 0.3
     """Share of the configured learning rates that is in force where training goes on."""
     click_window_h: PositiveFloat = 24.0
-    """How long after a logged page an event of its request still makes its item a positive for the fine ranker."""
+    """How long after a logged page an event of its request, or after an `impression` a click of its item, still makes that item a
+    positive for the fine ranker."""
     gate: GateConfig = GateConfig()
     """What must hold for a version to be published and promoted."""

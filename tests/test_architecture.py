@@ -30,6 +30,7 @@ LAYERS = (
     (
         "examples",
         "exposures",
+        "lessons",
         "packing",
         "blending",
         "cold_weights",

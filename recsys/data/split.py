@@ -94,6 +94,11 @@ class Split:
     test: np.ndarray
     by: Literal["time", "random", "leave_one_out", "parts"]
 
+    @property
+    def parts(self) -> np.ndarray:
+        """(E,) int64: 1 train, 2 valid, 3 test, 0 none."""
+        return np.asarray(self.train * 1 + self.valid * 2 + self.test * 3, np.int64)
+
     def check(self, interactions: Interactions) -> None:
         """Prove the promise, or raise DataError naming a row that breaks it.
 

@@ -8,11 +8,13 @@ import pytest
 
 from recsys import examples
 from recsys.core import UNKNOWN
+from recsys.data import live_log
 from recsys.errors import RayfunnelError
 from recsys.evaluate import evaluate_funnel
 from recsys.evidence import EVIDENCE, evidence
 from recsys.prepared import Prepared, prepare
 from recsys.recipe import Recipe, cut
+from tests.live_events import Told, archive
 from tests.small import Small, config_of, recipe_of, write_data
 
 
@@ -67,6 +69,38 @@ def test_the_rankers_examples_are_found_positives_and_their_fellow_candidates(st
     for item, says in zip(columns["item"][columns["moment"] == 0], columns[EVIDENCE][columns["moment"] == 0], strict=True):
         slot = np.flatnonzero(candidates.items[0] == item)[0]
         np.testing.assert_allclose(says, evidence(candidates)[0, slot], atol=1e-5)  # one query in a batch of 40 and alone
+
+
+def test_an_exposure_that_was_clicked_later_is_a_positive_at_its_own_instant_and_the_click_no_moment(tmp_path):
+    write_data(tmp_path)
+    events = []
+    for n in range(300):
+        user, item, at = n % 60, 2 * (n * 7 % 20) + n % 2, 1_700_100_000 + 60 * n
+        events.append(Told(f"u{user}", f"i{item}", at, "impression", context={"device": "web"}))
+        if n % 3 == 0:
+            events.append(Told(f"u{user}", f"i{item}", at + 5, "click", context={"device": "web"}))
+    archive(tmp_path / "events", events)
+    pq.write_table(live_log.read(str(tmp_path / "events")), tmp_path / "live.parquet")
+    settings = (
+        "data.impressions=true",
+        f"data.interactions.live={tmp_path / 'live.parquet'}",
+        "split.by=time",
+        "recall.exclude_seen=false",
+    )
+    steps = recipe_of(config_of(tmp_path, *settings, "examples.window_share=0.3"))
+    log, found = steps.prepared.log, steps.cut
+    live = found.window[log.time[found.window] >= 1_700_100_000]
+    assert len(live) > 100
+    assert {log.event_names[e] for e in log.event[live]} == {"impression"}, "every click answers one of the exposures"
+    clicked = live[found.taken[live]]
+    assert 0.3 < len(clicked) / len(live) < 0.37, "every third"
+    assert not log.positive[clicked].any()
+    funnel = steps.funnel(found.base_mask, steps.base_tower, None)
+    columns = examples.ranker_examples(funnel, steps.moments, live, steps.config.examples, taken=found.taken, seed=1)
+    positives = columns["label"] == 1
+    assert positives.sum() > len(clicked) / 2, "those that recall finds"
+    assert np.isin(live[columns["moment"][positives]], clicked).all()
+    np.testing.assert_array_equal(columns["item"][positives], log.item[live[columns["moment"][positives]]])
 
 
 def test_two_tower_examples_carry_the_log_probability_of_their_item(steps):
