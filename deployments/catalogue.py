@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from deployments.checks import check_id, check_size, check_text, fault
 from deployments.rollout import Rollout
-from deployments.schemas import ITEM, USER, ItemBody, UserBody, check_id, check_size, check_text, fault
+from deployments.schemas import ITEM, USER, ItemBody, UserBody
 from recsys.errors import RequestError, StoreUnavailableError
 from recsys.features.live_items import ItemChange, ItemLog, checked
 from recsys.features.store import FeatureStore

@@ -10,9 +10,9 @@ import orjson
 from pydantic import ValidationError
 
 from deployments.catalogue import away
+from deployments.checks import check_id, check_text, faults
 from deployments.live_items import ItemsFollower
 from deployments.rollout import Rollout
-from deployments.schemas import check_id, check_text, faults
 from recsys.errors import RequestError, StoreUnavailableError
 from recsys.features.live_items import ItemLog
 from recsys.rerank.live_rules import LiveRules, contradictions, to_json

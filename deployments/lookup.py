@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from deployments.checks import check_id
 from deployments.rollout import Rollout
-from deployments.schemas import check_id
 from recsys.core import UNKNOWN
 from recsys.delta import value_of
 from recsys.errors import RequestError

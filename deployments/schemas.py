@@ -1,33 +1,20 @@
-"""The bodies of the HTTP API: what a request may hold, what an answer holds, and how a fault is put into a sentence."""
+"""The bodies of the HTTP API: what a request may hold, and what an answer holds."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic_core import PydanticCustomError
 
 from deployments.resilience import Reason
 from deployments.resilience import Rung as Degradation
 from recsys.core import canonical_id
-from recsys.data.event_names import unclean, unknown
-from recsys.errors import RequestError
-from recsys.features.store import NewEvent, event_identity
+from recsys.data.event_names import unclean
 from recsys.recall.cold_start import Rung
-from recsys.serve_config import LimitsConfig
 
 EXCLUDE = 1_000
 """Most ids of one `exclude`."""
-SECONDS = (1e8, 1e11)
-"""Numbers that are Unix seconds of 1973 and later, and milliseconds of before: who sends one means seconds."""
-DEEPEST = 32
-"""Levels of lists and objects in one event, item or user: more than any field takes, and few enough to be walked and shown."""
 
 
 def _outside_id(value: Any) -> str:
@@ -365,170 +352,3 @@ RECOMMEND = TypeAdapter(RecommendBody)
 RANK = TypeAdapter(RankBody)
 ITEM = TypeAdapter(ItemBody)
 USER = TypeAdapter(UserBody)
-EVENT = TypeAdapter(EventBody)
-
-
-def parsed(adapter: TypeAdapter[Any], raw: bytes) -> Any:
-    """A body from JSON bytes. Raises RequestError with the first fault."""
-    try:
-        return adapter.validate_json(raw)
-    except ValidationError as error:
-        raise fault(error) from None
-
-
-def fault(error: ValidationError) -> RequestError:
-    """A validation error as a code, a sentence and the field."""
-    return _fault(error.errors(include_url=False, include_context=False)[0])
-
-
-def faults(error: ValidationError) -> RequestError:
-    """All that is wrong, one sentence after another, under the code and the field of the first."""
-    found = [_fault(one) for one in error.errors(include_url=False, include_context=False)]
-    return RequestError(found[0].code, " ".join(map(str, found)), field=found[0].field, status=found[0].status)
-
-
-def _fault(first: ErrorDetails) -> RequestError:
-    kind, where = first["type"], ".".join(str(part) for part in first["loc"] if part != "function-before")
-    if kind == "json_invalid":
-        return RequestError("malformed_json", f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}.", status=400)
-    first["msg"] = first["msg"].removeprefix("Value error, ")
-    if kind == "model_type":  # pydantic's own words name our classes
-        first["msg"] = "expected an object"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    if kind == "missing":
-        wrapped = isinstance(first["input"], dict) and [v for v in first["input"].values() if isinstance(v, list)]
-        hint = " Several go as a plain list: [{...}, {...}]." if wrapped and len(first["input"]) == 1 else ""
-        return RequestError("missing_field", f"'{where}' is required.{hint}", field=where)
-    if kind == "extra_forbidden":
-        return RequestError("unknown_field", f"'{where}' is not a field of this request. See /docs for those that are.", field=where)
-    code = (
-        kind
-        if kind in {"empty_id", "wrong_type", "invalid_value"}
-        else "invalid_value"
-        if kind.startswith(("greater", "less", "string_too", "too_"))
-        else "wrong_type"
-    )
-    subject = f"'{where}'" if where else "The body"
-    return RequestError(code, f"{subject}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {shown}.", field=where or None)
-
-
-def check_id(name: str, value: str, limits: LimitsConfig) -> None:
-    """Raises RequestError where an id is longer than the service takes."""
-    if len(value) > limits.id_bytes or len(value.encode()) > limits.id_bytes:
-        raise RequestError("id_too_long", f"'{name}' has {len(value.encode())} bytes; at most {limits.id_bytes} are taken.", field=name)
-
-
-def check_ids(name: str, values: Sequence[str], limits: LimitsConfig, most: int) -> None:
-    """Raises RequestError where a list of ids is too long, or one of them is."""
-    if len(values) > most:
-        raise RequestError("too_many_items", f"'{name}' has {len(values)} ids; at most {most} are taken.", field=name)
-    for value in values:
-        check_id(name, value, limits)
-
-
-def check_k(k: int, limits: LimitsConfig) -> None:
-    """Raises RequestError where k is out of range."""
-    if not 1 <= k <= limits.k:
-        raise RequestError("k_out_of_range", f"'k' must be between 1 and {limits.k}, got {k}.", field="k")
-
-
-def events_in(raw: bytes) -> Any:
-    """The JSON of POST /v1/events. Text that is no UTF-8 is let through here, so that its event alone is rejected."""
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        try:
-            return json.loads(raw.decode("utf-8", "surrogateescape"))  # keeps what is no UTF-8 as lone surrogates
-        except (ValueError, RecursionError):
-            raise RequestError("malformed_json", f"The body is not valid JSON: {error}.", status=400) from None
-
-
-def check_text(value: Any, where: str = "", depth: int = 0) -> None:
-    """Raises RequestError where a parsed row holds text that is no UTF-8, or is nested too deep for what reads it next."""
-    if depth > DEEPEST:
-        subject = f"'{where}'" if where else "A list"
-        raise RequestError(
-            "wrong_type", f"{subject} is nested more than {DEEPEST} deep. Send values that are flat, or one list deep.", field=where or None
-        )
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                subject = f"'{where}'" if where else "A name"
-                raise RequestError(
-                    "bad_utf8", f"{subject} holds bytes that are no UTF-8. Send text as UTF-8.", field=where or None
-                ) from None
-    elif isinstance(value, dict):
-        for name, one in value.items():
-            check_text(name)
-            check_text(one, where or name[:64], depth + 1)
-    elif isinstance(value, list):
-        for one in value:
-            check_text(one, where, depth + 1)
-
-
-def check_size(row: Any, sent: int, limits: LimitsConfig) -> None:
-    """Raises RequestError (413) where one row of a body of `sent` bytes is larger than a body of its own might be. After `check_text`."""
-    if sent > limits.body_bytes and (size := len(json.dumps(row, ensure_ascii=False).encode())) > limits.body_bytes:
-        raise RequestError("row_too_large", f"It has {size} bytes; at most {limits.body_bytes} are taken. Send less of it.", status=413)
-
-
-def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0, known: Sequence[str] | None = None) -> NewEvent:
-    """One event of a parsed body of `sent` bytes, of a type that is `known` (None: any). Raises RequestError with the reason for its
-    rejection."""
-    check_text(raw)
-    check_size(raw, sent, limits)
-    try:
-        body = EVENT.validate_python(raw)
-    except ValidationError as error:
-        raise fault(error) from None
-    for name, value in (("user_id", body.user_id), ("item_id", body.item_id), ("event_id", body.event_id), ("request_id", body.request_id)):
-        if value is not None:
-            check_id(name, value, limits)
-    if known is not None and body.event not in known:
-        text = f"'event' is '{body.event}', which {unknown(body.event, known)}"
-        raise RequestError("unknown_event", text if text.endswith("?") else f"{text}.", field="event")
-    if body.value is not None and not math.isfinite(body.value):
-        raise RequestError("invalid_value", f"'value' must be a finite number, got {body.value}.", field="value")
-    time_ms = _time_ms(body.time, now_s, limits.future_s)
-    identity = body.event_id or event_identity(body.user_id, body.item_id, body.event, time_ms)
-    return NewEvent(body.user_id, body.item_id, body.event, time_ms, body.value, identity, body.request_id, body.context)
-
-
-def _time_ms(given: str | float | None, now_s: float, future_s: float) -> int:
-    if given is None:
-        return int(now_s * 1000)
-    shown = repr(given)[:40]
-    if isinstance(given, str):
-        try:
-            at = datetime.fromisoformat(given)
-        except ValueError:
-            raise RequestError(
-                "bad_time", f"'time' must be ISO 8601, or Unix milliseconds as a number, got {shown}.", field="time"
-            ) from None
-        seconds = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-    else:
-        try:
-            seconds = given / 1000
-        except OverflowError:  # an integer of hundreds of digits
-            seconds = math.inf if given > 0 else -math.inf
-        if math.isnan(seconds):
-            raise RequestError("bad_time", "'time' must be ISO 8601 or Unix milliseconds, got nan.", field="time")
-        if SECONDS[0] <= given < SECONDS[1]:
-            text = f"'time' is {shown}, which looks like Unix seconds: as milliseconds it lies before 1974. Send milliseconds, or ISO 8601."
-            raise RequestError("bad_time", text, field="time")
-    if seconds > now_s + future_s:
-        text = (
-            f"'time' lies in the future: {shown}. At most {future_s:g} s ahead of our clock are taken; send ISO 8601 or Unix milliseconds."
-        )
-        raise RequestError("future_time", text, field="time")
-    if seconds < 0:
-        raise RequestError("bad_time", f"'time' lies before 1970: {shown}. Send ISO 8601 or Unix milliseconds.", field="time")
-    return int(seconds * 1000)
-
-
-def unix_now() -> float:
-    """Unix seconds; one place, so that a test can stop the clock."""
-    return time.time()

@@ -17,6 +17,8 @@ import orjson
 from deployments.appending import Appender
 from deployments.batching import MicroBatcher
 from deployments.catalogue import CatalogueWrites
+from deployments.checks import check_id, check_ids, check_k, parsed
+from deployments.event_bodies import event_of, events_in, unix_now
 from deployments.impressions import ImpressionLog
 from deployments.ladder import Answer, Ladder, Row, Shown, StageCall
 from deployments.live_items import ItemsFollower
@@ -25,21 +27,7 @@ from deployments.lookup import Lookups
 from deployments.monitoring import Monitor
 from deployments.resilience import Deadline, Degraded, called_twice, reason_of
 from deployments.rollout import Rollout
-from deployments.schemas import (
-    EXCLUDE,
-    RANK,
-    RECOMMEND,
-    PageBody,
-    RankBody,
-    RecommendBody,
-    check_id,
-    check_ids,
-    check_k,
-    event_of,
-    events_in,
-    parsed,
-    unix_now,
-)
+from deployments.schemas import EXCLUDE, RANK, RECOMMEND, PageBody, RankBody, RecommendBody
 from recsys.core import Candidates, Queries
 from recsys.errors import RequestError, StoreError, VersionAbsentError
 from recsys.features.live_items import ItemLog, MemoryItemLog, check_declared

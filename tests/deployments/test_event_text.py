@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from deployments.schemas import event_of, events_in
+from deployments.event_bodies import event_of, events_in
 from recsys.errors import RequestError
 from recsys.serve_config import LimitsConfig
 
