@@ -39,9 +39,9 @@ class Lookups:
         deleted = told is not None and told.columns is None
         record = told or ItemRecord(item_id, UNKNOWN, {}, None, 0)
         columns = {} if deleted else {name: value_of(funnel.catalogue, name, row, record) for name in funnel.catalogue.columns}
-        title = delta.title(row) if delta is not None and not deleted else None
-        if title is None and not deleted and funnel.titles is not None and row < len(funnel.items):
-            title = funnel.titles[row].as_py()
+        title = funnel.titles[row].as_py() if not deleted and funnel.titles is not None and row < len(funnel.items) else None
+        if delta is not None and not deleted:
+            title = delta.title(row, title)
         return orjson.dumps(
             {
                 "item_id": item_id,

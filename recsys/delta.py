@@ -270,10 +270,12 @@ class Delta:
         found: np.ndarray = np.where(at >= 0, self.columns["item_id"][np.maximum(at - self.n, 0)], 0)
         return found
 
-    def title(self, row: int) -> str | None:
-        """The title of an item that has a slot and was given one."""
+    def title(self, row: int, before: str | None) -> str | None:
+        """The title that an item was given with its slot, else `before`, the bundle's; one that came anew has none of before."""
         slot = int(self.at[row]) - self.n
-        return self.titles[slot] if slot >= 0 else None
+        if slot < 0:
+            return before
+        return self.titles[slot] or (None if self.told[row].anew else before)
 
     def mask(self, wanted: Filter, parts: Parts) -> tuple[Mask, np.ndarray]:
         """A filter as the bundle's (n,) bitmap and as a (D,) one of the slots; () lets all pass. What is gone does not pass."""
@@ -386,7 +388,10 @@ def _joined(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndar
 
 
 def encoded(parts: Parts, fresh: Sequence[tuple[int, ItemRecord]]) -> dict[str, np.ndarray]:
-    """Field -> (n, …) encoded columns of records; what a record does not say is as the bundle has it, or missing."""
+    """Field -> (n, …) encoded columns of records; what a record does not say is as the bundle has it, or missing.
+
+    Of an item that came anew all of it is missing: the bundle's was forgotten with its deletion.
+    """
     space, n = parts.space, len(parts.items)
     frame: dict[str, list[Any]] = {"item_id": [r.item_id for _, r in fresh]}
     frame |= {name: [(r.columns or {}).get(name) for _, r in fresh] for name in space.encoders["item"]}
@@ -395,7 +400,7 @@ def encoded(parts: Parts, fresh: Sequence[tuple[int, ItemRecord]]) -> dict[str, 
         for name in (set(parts.item_columns) - set(out)) & set(parts.live.inputs.plan.crosses):
             out[name] = _crossed(parts.live, space, name, [r.columns or {} for _, r in fresh])
     for slot, (row, record) in enumerate(fresh):
-        if row < n:
+        if row < n and not record.anew:
             for name in out:
                 if name not in (record.columns or {}):
                     out[name][slot] = parts.item_columns[name][row]
@@ -419,9 +424,9 @@ def _values(parts: Parts, fresh: Sequence[tuple[int, ItemRecord]]) -> Catalogue:
 
 
 def value_of(held: Catalogue, name: str, row: int, record: ItemRecord) -> Any:
-    """A record's value of a column, else the bundle's."""
+    """A record's value of a column, else the bundle's, if the item did not come anew."""
     given = record.columns or {}
-    if name in given or row >= held.n:
+    if name in given or row >= held.n or record.anew:
         return given.get(name)
     if name in held.values:
         v = held.values[name]

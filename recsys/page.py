@@ -45,7 +45,7 @@ def pages(
     inside = np.where(rows < len(items), rows, UNKNOWN)
     called = titles.take(pa.array(inside, mask=inside < 0)).to_pylist() if titles is not None else [None] * len(ids)
     if delta is not None:
-        called = [delta.title(row) or title for row, title in zip(rows.tolist(), called, strict=True)]
+        called = [delta.title(row, title) for row, title in zip(rows.tolist(), called, strict=True)]
     bits = ((candidates.channel_ranks > 0) << np.arange(len(candidates.channels))).sum(2)[known].tolist()
     names = {m: [c for i, c in enumerate(candidates.channels) if m >> i & 1] for m in set(bits)}
     chance = candidates.trail[RULES][1][known].tolist() if RULES in candidates.trail else [1.0] * len(ids)

@@ -35,13 +35,15 @@ class ItemChange(NamedTuple):
 
 
 class ItemRecord(NamedTuple):
-    """What the log holds of an item; columns None: deleted."""
+    """What the log holds of an item; columns None: deleted. anew: it was deleted once and put again, so what a bundle, of any
+    version, has of it is not its own any more."""
 
     item_id: str
     number: int
     columns: dict[str, Any] | None
     title: str | None
     time_ms: int
+    anew: bool = False
 
 
 class Changes(NamedTuple):
@@ -83,29 +85,33 @@ class ItemLog(Protocol):
 
 
 def merged(held: ItemRecord | None, change: ItemChange, time_ms: int, number: int = -1) -> ItemRecord:
-    """The record after a change. What a deleted item had is forgotten."""
+    """The record after a change. What a deleted item had is forgotten, here and, by `anew`, in bundles."""
     number = held.number if held is not None else number
     if change.columns is None:
         return ItemRecord(change.item_id, number, None, None, time_ms)
     before = held if held is not None and held.columns is not None else None
+    anew = held is not None and (held.columns is None or held.anew)
     columns = {**(before.columns or {} if before else {}), **change.columns}
-    return ItemRecord(change.item_id, number, columns, change.title or (before.title if before else None), time_ms)
+    return ItemRecord(change.item_id, number, columns, change.title or (before.title if before else None), time_ms, anew)
 
 
 def to_json(record: ItemRecord) -> bytes:
     """A record without its id and number, which the store keeps beside it. StoreError where JSON cannot hold it."""
     try:
-        return orjson.dumps([1, record.time_ms, record.columns, record.title])
+        told = [record.time_ms, record.columns, record.title]
+        # A release that does not know the mark must not take the item for what the bundle has: it refuses version 2.
+        return orjson.dumps([2, *told, True] if record.anew else [1, *told])
     except (TypeError, ValueError) as fault:
         raise StoreError(f"Item '{record.item_id[:80]}' cannot be written as JSON ({fault}).") from fault
 
 
 def from_json(item_id: str, number: int, held: bytes) -> ItemRecord:
-    """What `to_json` wrote."""
-    version, time_ms, columns, title = orjson.loads(held)
-    if version != 1:
-        raise StoreError(f"The item log holds a record of version {version}, this code reads version 1. Run the newer release.")
-    return ItemRecord(item_id, number, columns, title, time_ms)
+    """What `to_json` wrote: version 1, or 2, which says at its end whether the item came anew."""
+    version, *told = orjson.loads(held)
+    if version not in (1, 2):
+        raise StoreError(f"The item log holds a record of version {version}, this code reads versions 1 and 2. Run the newer release.")
+    time_ms, columns, title, *anew = told
+    return ItemRecord(item_id, number, columns, title, time_ms, anew == [True])
 
 
 class MemoryItemLog:

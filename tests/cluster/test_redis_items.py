@@ -60,6 +60,16 @@ class ItemLogContract:
         found = {r.item_id: r for r in log.since(0).records}
         assert (found["a"].number, found["a"].columns, found["a"].title) == (0, {"y": 1}, None)
 
+    def test_an_item_that_was_deleted_and_put_again_is_marked_for_good(self, log: ItemLog) -> None:
+        log.change([ItemChange("a", {"x": 1}), ItemChange("never told of", None), ItemChange("b", {})])
+        assert not any(r.anew for r in log.since(0).records)
+        log.change([ItemChange("a", None), ItemChange("a", {"y": 1})])
+        log.change([ItemChange("never told of", {"y": 1})])
+        log.change([ItemChange("a", {"z": 1}), ItemChange("b", {"z": 1})])
+        assert {r.item_id: r.anew for r in log.since(0).records} == {"a": True, "never told of": True, "b": False}
+        log.change([ItemChange("a", None)])
+        assert next(r for r in log.since(0).records if r.item_id == "a").columns is None
+
     def test_more_than_one_call_holds(self, log: ItemLog) -> None:
         n = 2 * ITEMS_A_CALL + 3
         log.change([ItemChange(f"i{i}", {"x": i}) for i in range(n)])

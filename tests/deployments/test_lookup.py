@@ -38,6 +38,10 @@ def test_an_item_is_shown_as_it_is_now(talk: Talk) -> None:
         assert (new["known"], new["columns"], new["title"]) == ("live", {"colour": "green", "price": None}, "Ä")
         gone = (await ask("GET", "/v1/items/i6")).json
         assert (gone["deleted"], gone["blocked"], gone["columns"], gone["title"]) == (True, False, {}, None)
+        await ask("PUT", "/v1/items", {"item_id": "i6", "columns": {"price": 9}})
+        talk.follower.poll()
+        anew = (await ask("GET", "/v1/items/i6")).json
+        assert (anew["known"], anew["columns"], anew["title"]) == ("production", {"colour": None, "price": 9.0}, None)
 
     talk.run(script)
 
