@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from recsys.core import LONGEST_TEXT, fits_a_key
 from recsys.data.event_names import unclean
 from recsys.errors import StoreError
 from recsys.features.store import NewEvent, from_record
-
-LONGEST_ID = 1_024
-"""Bytes. The HTTP edge takes shorter ones (serve.limits.id_bytes); other producers may write into the log."""
 
 
 def checked(record: bytes, logged_ms: int, future_s: float) -> NewEvent:
@@ -30,8 +28,9 @@ def _check(event: NewEvent, logged_ms: int, future_s: float) -> None:
     for name, text in (("user_id", event.user_id), ("item_id", event.item_id), ("event", event.event), ("event_id", event.event_id)):
         if not isinstance(text, str) or not text:
             raise ValueError(f"'{name}' is {text!r:.60}, expected text that is not empty.")
-        if 4 * len(text) > LONGEST_ID and len(text.encode()) > LONGEST_ID:  # a character takes four bytes at most
-            raise ValueError(f"'{name}' has {len(text.encode())} bytes; at most {LONGEST_ID} are counted.")
+        if not fits_a_key(text):  # the HTTP edge takes shorter ones (serve.limits.id_bytes); other producers may write into the log
+            what = "holds a NUL" if "\0" in text else f"has {len(text.encode())} bytes"
+            raise ValueError(f"'{name}' {what}; expected at most {LONGEST_TEXT} bytes, none of them NUL.")
     if (why := unclean(event.event)) is not None:
         raise ValueError(f"'event' is {event.event!r:.60}: it {why}.")
     if isinstance(event.time_ms, bool) or not isinstance(event.time_ms, int):

@@ -219,7 +219,7 @@ def _pages(config: Config, prepared: Prepared, held: pa.Table) -> Pages | None:
     window_s, refusals = 3600 * config.retrain.click_window_h, config.data.refusals
     labelled, _ = impressions.joined(impressions.read(root), known, window_s=window_s, refusals=refusals)
     rows = held.filter(pc.equal(held["event"], IMPRESSION)) if config.data.impressions else held.slice(0, 0)
-    own = set(zip(rows["request_id"].to_pylist(), rows["item_id"].to_pylist(), strict=True))
+    own = set(zip(*(rows[name].to_pylist() for name in ("request_id", "user_id", "item_id")), strict=True))
     return Pages.of(labelled, prepared.log, without=own)
 
 

@@ -23,6 +23,8 @@ def _outside_id(value: Any) -> str:
     found = canonical_id(value)
     if not found:
         raise PydanticCustomError("empty_id", "an id must not be empty")
+    if "\0" in found:
+        raise PydanticCustomError("invalid_value", "an id must not hold a NUL character")
     return found
 
 

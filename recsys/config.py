@@ -124,7 +124,7 @@ class RecallConfig(FrozenConfig):
     merge: MergeConfig = MergeConfig()
     """How the channels' lists become one."""
     exclude_seen: bool = True
-    """Never recommend what the user has in the log already."""
+    """Never recommend what the user has in the log already, or among the newest features.history.length events since."""
     not_interested: tuple[str, ...] | None = None
     """The name that data.refusals had: what is written here counts as written there."""
 

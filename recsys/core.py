@@ -42,6 +42,17 @@ def canonical_id(value: Any) -> str:
     return str(value)
 
 
+LONGEST_TEXT = 1_024
+"""Bytes of an id, or of another text that counters are kept by."""
+
+
+def fits_a_key(text: str) -> bool:
+    """Whether counters can be kept by a text: at most LONGEST_TEXT bytes, and no NUL, which parts the texts of a stored key."""
+    if "\0" in text or len(text) > LONGEST_TEXT:
+        return False
+    return 4 * len(text) <= LONGEST_TEXT or len(text.encode("utf-8", "replace")) <= LONGEST_TEXT  # a character takes four bytes at most
+
+
 def id_hash(text: str) -> int:
     """A stable 64-bit hash of an id (BLAKE2b, 8 bytes): the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -21,8 +21,8 @@ from recsys.examples import CHUNK, Columns, gathered, pair_columns
 from recsys.funnel import Funnel
 from recsys.moments import Moments
 
-Shown = tuple[str, str]
-"""Request id and item id."""
+Shown = tuple[str, str, str]
+"""Request id, user id and item id."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,14 @@ class Pages:
     def of(cls, labelled: pa.Table, log: Interactions, *, without: Collection[Shown] = ()) -> Pages:
         """From the examples that `impressions.joined` makes. Users and items that the log does not know are left out, and so is what
         stands in `without`: the log has it as a row of its own."""
-        pages: dict[str, tuple[int, float, dict[str, Any], dict[int, float]]] = {}
+        pages: dict[tuple[str, int, int], tuple[int, float, dict[str, Any], dict[int, float]]] = {}
         columns = [labelled[name].to_pylist() for name in ("request_id", "user_id", "item_id", "time_ms", "label", "context")]
         users, items = log.users.rows(columns[1]), log.items.rows(columns[2])
-        for request, item_id, time_ms, label, context, user, item in zip(
-            columns[0], *columns[2:], users.tolist(), items.tolist(), strict=True
-        ):
-            if UNKNOWN in (user, item) or (request, item_id) in without:
+        for request, user_id, item_id, time_ms, label, context, user, item in zip(*columns, users.tolist(), items.tolist(), strict=True):
+            if UNKNOWN in (user, item) or (request, user_id, item_id) in without:
                 continue
-            if request not in pages:
-                pages[request] = (user, time_ms / 1000, json.loads(context or "{}"), {})
-            pages[request][3][item] = float(label)
+            page = pages.setdefault((request, user, time_ms), (user, time_ms / 1000, json.loads(context or "{}"), {}))
+            page[3][item] = float(label)
         width = max((len(shown) for *_, shown in pages.values()), default=0)
         rows = np.full((len(pages), width), UNKNOWN, np.int32)
         labels = np.zeros((len(pages), width), np.float32)

@@ -9,6 +9,7 @@ the page's request and the item. A request counts once, however often its page o
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -148,7 +149,10 @@ def files(root: str) -> tuple[pafs.FileSystem, list[str]]:
 
 
 def read(root: str) -> pa.Table:
-    """Every impression under a folder or URI, each request once, by time. DataError for none, or another format."""
+    """Every impression under a folder or URI, each page once, by time. DataError for none, or another format.
+
+    A page is a request id, a user and an instant: clients choose request ids, so two users or two pages may share one.
+    """
     fs, found = files(root)
     if not found:
         raise DataError(f"'{root}' holds no impressions. Set serve.impressions.sample above 0 and let the service answer.")
@@ -161,11 +165,15 @@ def read(root: str) -> pa.Table:
             )
         parts.append(pq.read_table(file, filesystem=fs, schema=SCHEMA, partitioning=None))
     table = pa.concat_tables(parts)
-    _, first = np.unique(np.array(table["request_id"].to_pylist(), object).astype(str), return_index=True)
-    table = table.take(pa.array(np.sort(first)))
-    return table.take(pc.sort_indices(table, sort_keys=[("time_ms", "ascending"), ("request_id", "ascending")]))
+    pages = zip(*(table[name].to_pylist() for name in ("request_id", "user_id", "time_ms")), strict=True)
+    first = {page: at for at, page in reversed(list(enumerate(pages)))}
+    table = table.take(pa.array(sorted(first.values()), pa.int64()))
+    by = [("time_ms", "ascending"), ("request_id", "ascending"), ("user_id", "ascending")]
+    return table.take(pc.sort_indices(table, sort_keys=by))
 
 
+EARLY_S = 300.0
+"""Clocks of clients differ from ours by so much, as `serve.limits.future_s` takes it on the other side."""
 EXAMPLES = pa.schema(
     [
         *(REQUEST_ID, USER_ID, ITEM_ID, EVENT, TIME_MS),
@@ -184,38 +192,43 @@ def joined(
     """One labelled example a shown item, and an account.
 
     Label 1 where an event of `positives` (default: all but impression, view and `refusals`) names the request, the item and the same user,
-    from the page's time to `window_s` later; `event` is then the first such event's type, else impression. Equal event ids count once.
+    from the page's time to `window_s` later; `event` is then the first such event's type, else impression. Of several pages that share a
+    request id and a user, an event answers the newest before it. Equal event ids of a user count once.
+
+    An event that names a page came after it, whatever its own clock says: one that is up to `EARLY_S` ahead of the page is taken.
     """
-    shown: dict[tuple[str, str], tuple[str, int]] = {}
-    for request, user, time, items in zip(
-        *(impressions[c].to_pylist() for c in ("request_id", "user_id", "time_ms", "items")), strict=True
-    ):
-        shown |= {(request, item): (user, time) for item in items}
+    shown: dict[tuple[str, str, str], list[int]] = {}
+    pages = zip(*(impressions[c].to_pylist() for c in ("request_id", "user_id", "time_ms", "items")), strict=True)
+    for request, user, time, items in sorted(pages, key=lambda page: page[2]):
+        for item in items:
+            shown.setdefault((request, user, item), []).append(time)
     account = {"clicks": 0, "of no logged page": 0, "outside the window": 0, "repeated": 0}
-    first: dict[tuple[str, str], tuple[int, str]] = {}
-    told: set[str] = set()
+    first: dict[tuple[str, str, str, int], tuple[int, str]] = {}
+    told: set[tuple[str, str]] = set()
     columns = ("user_id", "item_id", "event", "time_ms", "request_id", "event_id")
     for user, item, event, time, request, event_id in zip(*(events[c].to_pylist() for c in columns), strict=True):
         if request is None or (event == "view" or not is_positive(event, refusals) if positives is None else event not in positives):
             continue
-        if event_id in told:
+        if (user, event_id) in told:
             account["repeated"] += 1
             continue
-        told.add(event_id)
-        page = shown.get((request, item))
-        if page is None or page[0] != user:
+        told.add((user, event_id))
+        times = shown.get((request, user, item))
+        if times is None:
             account["of no logged page"] += 1
-        elif not page[1] <= time <= page[1] + 1000 * window_s:
+            continue
+        at = times[max(bisect_right(times, time) - 1, 0)]
+        if not at - 1000 * EARLY_S <= time <= at + 1000 * window_s:
             account["outside the window"] += 1
         else:
             account["clicks"] += 1
-            first[request, item] = min(first.get((request, item), (time, event)), (time, event))
+            first[request, user, item, at] = min(first.get((request, user, item, at), (time, event)), (time, event))
     out: dict[str, list[Any]] = {name: [] for name in EXAMPLES.names}
     for row in impressions.select(
         ["request_id", "user_id", "time_ms", *(f.name for f in SERVED_BY), "context", "items", "positions", "propensities"]
     ).to_pylist():
         for item, position, propensity in zip(row["items"], row["positions"], row["propensities"], strict=True):
-            hit = first.get((row["request_id"], item))
+            hit = first.get((row["request_id"], row["user_id"], item, row["time_ms"]))
             values = (row["request_id"], row["user_id"], item, hit[1] if hit else IMPRESSION, row["time_ms"], int(hit is not None))
             for name, value in zip(out, (*values, position, propensity, *(row[f.name] for f in SERVED_BY), row["context"]), strict=True):
                 out[name].append(value)

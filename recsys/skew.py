@@ -18,9 +18,9 @@ import pyarrow as pa
 from recsys.core import UNKNOWN, Queries, Vocabulary
 from recsys.data.interactions import Interactions
 from recsys.features.asof import Asked, AsOf, Raw
-from recsys.features.encoders import spelled
 from recsys.features.groups import Group
 from recsys.features.inputs import AggregateInputs, Live
+from recsys.features.keys import key_text
 from recsys.funnel import Funnel, FunnelRequest
 
 TOLERANCE = 1e-5
@@ -130,7 +130,7 @@ class AsLogged:
         found = {}
         for name, column in self.mine.asof.context.items():
             index = column.index
-            found[name] = np.array([index.get(spelled(c.get(name)), -1) for c in queries.contexts], np.int64)[at]
+            found[name] = np.array([index.get(key_text(c.get(name)), -1) for c in queries.contexts], np.int64)[at]
         return found
 
     def context_texts(self, of: str) -> Any:

@@ -22,6 +22,7 @@ REASONS = (
     "malformed line",
     "missing user id",
     "missing item id",
+    "id too long or with a NUL",
     "bad time",
     "future time",
     "value out of range",

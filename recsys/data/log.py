@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from recsys.core import UNKNOWN
+from recsys.core import UNKNOWN, fits_a_key
 from recsys.data import cleaning, live_log
 from recsys.data.cleaning import Account, Coded
 from recsys.data.columns import FROM_TIME
@@ -121,6 +121,7 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
     item = cleaning.code_ids(table[columns.item], key="interactions.item")
     drop("missing user id", user.codes == UNKNOWN)
     drop("missing item id", item.codes == UNKNOWN)
+    drop("id too long or with a NUL", _unfit(user) | _unfit(item))
     if columns.time is None:
         time = np.arange(n, dtype=np.float64)
     else:
@@ -154,6 +155,13 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
     return Events(
         order, Coded(user.codes[order], user.ids), Coded(item.codes[order], item.ids), time[order], event[order], names, value[order]
     )
+
+
+def _unfit(coded: Coded) -> np.ndarray:
+    """(n,) bool: rows whose id no counter could be kept by; live events with such an id are refused."""
+    unfit = np.array([not fits_a_key(text) for text in coded.ids] + [False], bool)
+    found: np.ndarray = unfit[coded.codes]
+    return found
 
 
 def _event_codes(table: pa.Table, config: EventConfig) -> tuple[np.ndarray, tuple[str, ...]]:

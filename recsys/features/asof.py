@@ -18,9 +18,9 @@ from recsys.data.interactions import SHOWN, Interactions
 from recsys.errors import DataError
 from recsys.features import runs
 from recsys.features.aggregates import CLOCK_KEYS, DAY_S
-from recsys.features.encoders import as_floats, spelled
+from recsys.features.encoders import as_floats
 from recsys.features.groups import Counted, Group, Plan, Signal
-from recsys.features.keys import KeyColumns, TextColumn, clock_codes
+from recsys.features.keys import KeyColumns, TextColumn, clock_codes, key_text
 from recsys.features.tally import Distinct, Ends, Tally
 
 Raw = dict[str, np.ndarray]
@@ -82,7 +82,7 @@ class AsOf:
         wanted = {p for g in self.plan.groups for p in (*g.key, *(s.of for s in g.signals))} | {
             p for a in self.plan.crosses.values() for p in a.parts
         }
-        return {name: TextColumn.of_one(spelled(v) for v in values) for name, values in self.log.context.items() if name in wanted}
+        return {name: TextColumn.of_one(key_text(v) for v in values) for name, values in self.log.context.items() if name in wanted}
 
     def where(self, mask: np.ndarray) -> AsOf:
         """The same over the rows of `mask` (E,) bool alone; codes of context columns stay."""

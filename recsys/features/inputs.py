@@ -23,7 +23,7 @@ from recsys.features.declaration import FeaturesConfig
 from recsys.features.encoders import Table, spelled
 from recsys.features.fitting import Frame
 from recsys.features.groups import Group, Plan, compiled
-from recsys.features.keys import KeyColumns
+from recsys.features.keys import KeyColumns, key_text
 from recsys.features.schema import FeatureSpace, Field
 
 MOST_FITTED = 100_000
@@ -306,7 +306,7 @@ class LogSource:
         context = {}
         for name, column in self.asof.context.items():
             index = column.index
-            context[name] = np.array([index.get(spelled(c.get(name)), -1) for c in queries.contexts], np.int64)
+            context[name] = np.array([index.get(key_text(c.get(name)), -1) for c in queries.contexts], np.int64)
         return Asked(queries.users, np.full(len(queries), -1), queries.at, seen, context)
 
     def query_values(self, queries: Queries) -> Raw:

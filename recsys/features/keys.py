@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 
-from recsys.core import load_arrow, save_arrow
+from recsys.core import fits_a_key, load_arrow, save_arrow
 from recsys.data.columns import ColumnConfig
 from recsys.features import fitting
 from recsys.features.aggregates import DAY_S, Aggregates
@@ -130,14 +130,21 @@ def named(aggregates: Aggregates) -> set[str]:
     return {n for a in aggregates.values() for n in (*a.key, *a.parts, *([a.of] if a.of else []))}
 
 
+def key_text(value: Any) -> str:
+    """The text of one raw value as a part of a key: `spelled`, and "" (missing) where it cannot be one: a NUL is what parts the texts
+    of a stored key, and no key has room for a page of prose."""
+    text = spelled(value)
+    return text if fits_a_key(text) else ""
+
+
 def text_of(column: ColumnConfig, values: Any) -> list[list[str]]:
     """The distinct texts of each raw value; a bin's is its number."""
     if column.kind == "bins":
         return [[str(b)] if b else [] for b in fitting.build(column, None).encode(values).tolist()]
     if column.kind in ("tags", "sequence", "text"):
         split = splitter(column.kind, column.splits_on)
-        return [list(dict.fromkeys(t for t in split(cell) if t)) for cell in values]
-    return [[t] if (t := spelled(v)) else [] for v in values]
+        return [list(dict.fromkeys(t for t in split(cell) if t and fits_a_key(t))) for cell in values]
+    return [[t] if (t := key_text(v)) else [] for v in values]
 
 
 def clock_codes(part: str, times: np.ndarray, offset_s: float) -> np.ndarray:

@@ -14,10 +14,10 @@ from typing import Any
 
 from recsys.core import Vocabulary
 from recsys.features.aggregates import CLOCK_KEYS, DAY_S
-from recsys.features.encoders import as_float, spelled
+from recsys.features.encoders import as_float
 from recsys.features.generate import Event
 from recsys.features.groups import Plan, Row, Signal
-from recsys.features.keys import KeyColumns
+from recsys.features.keys import KeyColumns, key_text
 
 Key = tuple[str, ...]
 Touched = list[tuple[int, Key, Event]]
@@ -70,7 +70,7 @@ class Reader:
             return lambda _u, _i, _c, time: (clock_text(part, time, self._offset_s),)
         side = self._columns.side_of(part)
         if side is None:
-            return lambda _u, _i, context, _t: (text,) if (text := spelled(context.get(part))) else ()
+            return lambda _u, _i, context, _t: (text,) if (text := key_text(context.get(part))) else ()
         vocabulary, column = self._vocabularies[side], self._columns.texts[side][part]
 
         @functools.lru_cache(maxsize=RECENT)

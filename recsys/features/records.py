@@ -53,15 +53,16 @@ class Records:
         return found
 
     def read(self, values: Iterable[bytes]) -> States:
-        """The states of some values; those of declarations no longer in force are left out."""
+        """The states of some values; those of declarations no longer in force are left out, and so are keys of another number of parts."""
         found: States = {}
         for held in values:
             _, n = _HEAD.unpack_from(held)
             body = held[_HEAD.size + n + _SIZE.size :]
             number = self._numbers.get(body[1:5])
             if number is not None:
-                texts = held[_HEAD.size : _HEAD.size + n].decode()
-                found[number, tuple(texts.split("\0"))] = unpack(self.plan.groups[number], body, mark=body[1:5])
+                key = tuple(held[_HEAD.size : _HEAD.size + n].decode().split("\0"))
+                if len(key) == len(self.plan.groups[number].key):
+                    found[number, key] = unpack(self.plan.groups[number], body, mark=body[1:5])
         return found
 
 

@@ -21,11 +21,10 @@ from recsys.core import Queries, Vocabulary
 from recsys.data.interactions import SHOWN, Interactions
 from recsys.features.aggregates import CLOCK_KEYS
 from recsys.features.asof import Raw
-from recsys.features.encoders import spelled
 from recsys.features.generate import Instant
 from recsys.features.groups import Group, GroupState, Row
 from recsys.features.inputs import AggregateInputs, Live
-from recsys.features.keys import KeyColumns, clock_codes
+from recsys.features.keys import KeyColumns, clock_codes, key_text
 from recsys.features.reading import Key
 from recsys.features.runs import pooled
 from recsys.features.schema import FeatureSpace
@@ -80,8 +79,10 @@ class Coder:
         self._of_keys: dict[tuple[Key, int], tuple[pa.ChunkedArray, np.ndarray]] = {}
 
     def of_key(self, group: Group, key: Key, user: int) -> int:
-        """The code of a state's key; `user` stands for its user. -1 where an item or text is not of this bundle."""
+        """The code of a state's key; `user` stands for its user. -1 where an item or text is not of this bundle, or the key has other parts."""
         out = 0
+        if len(key) != len(group.key):
+            return -1
         for part, text in zip(group.key, key, strict=True):
             code = user if part == "user" else self.text(part, text, new=True)
             if code < 0:
@@ -112,7 +113,7 @@ class Coder:
             return clock_codes(part, queries.at, self.offset_s)[at, None]
         side = self.columns.side_of(part)
         if side is None:
-            codes = np.array([self.text(part, spelled(c.get(part))) for c in queries.contexts], np.int64)
+            codes = np.array([self.text(part, key_text(c.get(part))) for c in queries.contexts], np.int64)
             return codes[at, None]
         rows = queries.users[at] if side == "user" else items
         column = self.columns.texts[side][part].codes

@@ -123,6 +123,7 @@ class Stream:
             at += 7 + n + size
             number = marks.get(body[1:5])
             if number is not None and (only is None or number in only):
-                group = self.plan.groups[number]
-                out[number, tuple(texts.decode().split("\0"))] = unpack(group, body, mark=body[1:5])
+                group, key = self.plan.groups[number], tuple(texts.decode().split("\0"))
+                if len(key) == len(group.key):
+                    out[number, key] = unpack(group, body, mark=body[1:5])
         return out

@@ -145,6 +145,8 @@ def test_what_cannot_be_read_is_a_dead_letter_with_its_reason_and_stops_nobody(u
         orjson.dumps([2, "u", "i"]): "version 2",
         orjson.dumps([1, "u"]): "This is no record of an event",
         orjson.dumps([1, "", "i1", "click", 5, None, "e", None, {}]): "'user_id' is '', expected text that is not empty.",
+        orjson.dumps([1, "u1", "i\0k", "click", 5, None, "e", None, {}]): "'item_id' holds a NUL; expected at most 1024 bytes",
+        orjson.dumps([1, "u" * 1_025, "i", "click", 5, None, "e", None, {}]): "'user_id' has 1025 bytes; expected at most 1024 bytes",
         orjson.dumps([1, "u1", 7, "click", 5, None, "e", None, {}]): "'item_id' is 7",
         orjson.dumps([1, "u1", "i", "click", "now", None, "e", None, {}]): "'time_ms' is 'now'",
         orjson.dumps([1, "u1", "i", "click", 5, "3", "e", None, {}]): "'value' is '3'",
@@ -176,6 +178,26 @@ def test_what_cannot_be_read_is_a_dead_letter_with_its_reason_and_stops_nobody(u
     table = archived(tmp_path)
     assert table["event_id"].to_pylist() == [e.event_id for e in good]
     assert table["position"].to_pylist() == [0, len(poison) + 1, len(poison) + 2], "positions count dead letters too"
+
+
+@pytest.mark.parametrize("tab", ["x" * 70_000, "a\0b", "é" * 513], ids=["as long as a page", "with a NUL", "of 1,026 bytes"])
+def test_a_text_that_no_key_can_hold_is_missing_and_its_event_counts_under_the_other_keys(url, tmp_path, tab):
+    config = config_of(tmp_path, partitions=1)
+    events = some_events(20)
+    events[7] = events[7]._replace(context={"tab": tab})
+
+    async def scenario():
+        redis = connected(url)
+        await told(config, url, events)
+        ingest = Ingest(config, url, load)
+        await archived_all(ingest)
+        (said,) = await status(config, redis, RedisLog(redis, config.store.prefix))
+        assert (said.lag, said.items_lag, said.dead, said.parquet_rows) == (0, 0, 0, 20)
+        await same_as_the_batch_road(config, url, tmp_path)
+        await ingest.close()
+        await redis.aclose()
+
+    asyncio.run(scenario())
 
 
 def test_an_event_that_a_line_of_ours_cannot_take_is_buried_and_its_user_goes_on(url, tmp_path):

@@ -214,6 +214,7 @@ BAD_RECOMMEND: list[tuple[Any, int, str, str | None]] = [
     ({"user_id": ["u"]}, 422, "wrong_type", "user_id"),
     ({"user_id": True}, 422, "wrong_type", "user_id"),
     ({"user_id": "  "}, 422, "empty_id", "user_id"),
+    ({"user_id": "u\0v"}, 422, "invalid_value", "user_id"),
     ({"user_id": "x" * 10_240}, 422, "id_too_long", "user_id"),
     ({"user_id": "é" * 129}, 422, "id_too_long", "user_id"),  # 258 bytes
     ({"user_id": "u", "usr": 1}, 422, "unknown_field", "usr"),

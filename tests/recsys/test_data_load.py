@@ -49,6 +49,13 @@ def test_each_reason_to_drop_a_row_is_counted_and_the_rest_sorted_by_time_then_p
     assert str(dataset.account).splitlines()[0].split() == ["rows", "read", "10"]
 
 
+def test_ids_that_no_counter_could_be_kept_by_are_left_out_and_counted(tmp_path):
+    fits = "é" * 512  # 1,024 bytes
+    dataset = loaded(tmp_path, f"u,i,t\na,{fits},1\na,{fits}x,2\na\0b,x,3\n{'u' * 1_025},x,4\nb,x,5\n")
+    assert ("dropped: id too long or with a NUL", 3) in dataset.account.rows()
+    assert rows(dataset) == [("a", fits, 1.0), ("b", "x", 5.0)]
+
+
 def test_a_log_of_which_nothing_is_left_is_refused_with_its_account(tmp_path):
     with pytest.raises(DataError, match=r"no row is left of 2\.(.|\n)*dropped: bad time +2"):
         loaded(tmp_path, "u,i,t\na,x,?\nb,y,?\n")

@@ -43,7 +43,7 @@ def test_pages_are_requests_in_rows_of_the_log(base):
         ("r1", "u0", "gone", 0, 0),
         ("r4", "u2", "i4", 99, 0),
     )
-    pages = Pages.of(table, log, without={("r4", "i4")})
+    pages = Pages.of(table, log, without={("r4", "u2", "i4")})
     assert pages.users.tolist() == log.users.rows(["u0", "u1"]).tolist()
     assert pages.items.tolist() == [log.items.rows(["i0", "i2"]).tolist(), [*log.items.rows(["i3"]).tolist(), -1]]
     assert pages.labels.tolist() == [[1, 0], [0, 0]]

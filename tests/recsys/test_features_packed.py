@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 import struct
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.core import Vocabulary
 from recsys.errors import StoreError
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.generate import Event
 from recsys.features.groups import GroupState, compiled
+from recsys.features.keys import KeyColumns
 from recsys.features.packed import digest, pack, unpack
+from recsys.features.records import Records
+from recsys.features.states import Coder
+from recsys.features.stream import Stream
 
 DECLARED = {
     "n": {"kind": "count", "key": "item", "window": "24h"},
@@ -94,3 +100,16 @@ def test_no_bytes_whatever_are_more_than_a_sentence(noise):
             unpack(GROUP, version + digest(GROUP) + noise)
         except StoreError as error:
             assert "is damaged" in str(error)
+
+
+def test_a_stored_key_of_another_number_of_parts_is_left_out_wherever_it_is_read():
+    """As an item id with a NUL left them in a store before such ids were refused."""
+    state = GROUP.init()
+    plan = compiled({n: AggregateConfig.model_validate(a) for n, a in DECLARED.items()}, priors={}, lateness_s=0.0, offset_s=0.0, gap_s=1.0)
+    records, stream = Records(plan), Stream(plan, Vocabulary(["u"]), Vocabulary(["i", "k"]), KeyColumns())
+    keys = [("i",), ("i", "k")]
+    assert list(records.read([records.value(0, key, state) for key in keys])) == [(0, ("i",))]
+    assert list(stream.unpack(stream.pack({(0, key): state for key in keys}))) == [(0, ("i",))]
+    coder = Coder(KeyColumns(), Vocabulary(["i", "k"]), 0.0)
+    codes = coder.of_keys(plan.groups[0], 0, pa.chunked_array([["i", "i\0k", "k", "gone"]]))
+    assert codes.tolist() == [0, -1, 1, -1]

@@ -72,6 +72,29 @@ def test_an_event_of_the_request_makes_its_item_a_positive_and_nothing_else_does
     assert [r["event"] for r in only.to_pylist() if r["label"]] == ["buy"]
 
 
+def test_event_ids_and_request_ids_are_a_users_own():
+    shown = table_of([page("1", "u", 1_000, "a"), page("1", "w", 1_000, "a", "b")])
+    told = events(("u", "a", "click", 1_500, "1", "7"), ("w", "b", "click", 1_600, "1", "7"))
+    found, account = joined(shown, told, window_s=60)
+    assert [(r["user_id"], r["item_id"], r["label"]) for r in found.to_pylist()] == [("u", "a", 1), ("w", "a", 0), ("w", "b", 1)]
+    assert (account["clicks"], account["repeated"]) == (2, 0)
+
+
+def test_of_pages_that_share_a_request_id_an_event_answers_the_newest_before_it(tmp_path):
+    pages = [page("s", "u", at, "a") for at in (1_000_000, 1_020_000, 1_040_000)]
+    pq.write_table(table_of([*pages, pages[0]]), tmp_path / "one.parquet")
+    found, _ = joined(read(str(tmp_path)), events(("u", "a", "click", 1_030_000, "s", "1")), window_s=3_600)
+    assert [(r["time_ms"], r["label"]) for r in found.to_pylist()] == [(1_000_000, 0), (1_020_000, 1), (1_040_000, 0)]
+
+
+@pytest.mark.parametrize(("ahead_s", "label"), [(0.5, 1), (300, 1), (301, 0)])
+def test_a_click_of_a_slow_clock_answers_the_page_that_it_names(ahead_s, label):
+    shown = table_of([page("r", "u", 1_000_000, "a")])
+    found, account = joined(shown, events(("u", "a", "click", 1_000_000 - round(1_000 * ahead_s), "r", "1")), window_s=60)
+    assert found["label"].to_pylist() == [label]
+    assert account["outside the window"] == 1 - label
+
+
 def test_a_page_that_was_written_twice_counts_once_and_order_is_by_time(tmp_path):
     pq.write_table(table_of([page("r2", "u", 2_000, "b"), page("r1", "u", 1_000, "a")]), tmp_path / "2.parquet")
     pq.write_table(table_of([page("r2", "u", 2_000, "b")]), tmp_path / "3.parquet")
