@@ -248,8 +248,7 @@ class Funnel:
         if self.live is not None:
             before, asked = self.live.snapshot, self.live.query_fields(queries)
             fields = fields | asked
-            # Counters know the bundle's items: the keys of a later one would be another's.
-            counted = self.live.pair_fields(queries, np.where(candidates.items < len(self.items), candidates.items, UNKNOWN))
+            counted = self.live.pair_fields(queries, self._counted_rows(self.live, candidates.items))
             pairs |= counted
             if before is self.live.snapshot:  # for whoever logs the page; not where the snapshot was replaced meanwhile
                 cut = (None, None) if before is None else (before.at, before.counted)
@@ -265,6 +264,15 @@ class Funnel:
                 f"The fine ranker of version {self.version} gave scores that are no numbers. Roll back, then look at its training."
             )
         return scores, used
+
+    def _counted_rows(self, live: Live, items: np.ndarray) -> np.ndarray:
+        """(B, N) rows of items as counters have them: they number later items by themselves, for they may know them before `follow`."""
+        if not (later := items >= len(self.items)).any():
+            return items
+        rows, at = np.unique(items[later], return_inverse=True)
+        out = items.copy()
+        out[later] = live.item_rows(self.items.outside(rows))[at]
+        return out
 
     def rerank(self, queries: Queries, candidates: Candidates) -> Candidates:
         """The page: at most max(k) items a query; `page` cuts each to its own k."""

@@ -223,7 +223,7 @@ def _compare(row: dict[str, Any], funnel: Funnel, road: _Road, report: Report) -
     live = replace(road.live, source=source)
     report.pages += 1
     report.mixed += mixed
-    items = funnel.items.rows(row["items"])[None, :]
+    items = live.item_rows(row["items"])[None, :]
     for logged, found in ((row["query_features"], live.query_fields(queries)), (row["item_features"], live.pair_fields(queries, items))):
         for name, values in logged:
             if mixed and _of_items(road.live.inputs, name):

@@ -7,7 +7,7 @@ dense fact of the pair: the ranker gathers it per candidate, so item-side values
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -161,7 +161,8 @@ class AggregateInputs:
         if side is None:
             return np.full(len(users), np.nan)
         rows, column = (users if side == "user" else items), np.asarray(self.columns.numbers[side][name])
-        numbers: np.ndarray = np.where(rows >= 0, column[np.maximum(rows, 0)], np.nan)
+        known = (rows >= 0) & (rows < len(column))
+        numbers: np.ndarray = np.where(known, column[np.where(known, rows, 0)] if len(column) else np.nan, np.nan)
         return numbers
 
     def encoded(self, raw: Raw, texts: Any = None) -> dict[str, np.ndarray]:
@@ -249,6 +250,12 @@ class Live:
         """The `states.ItemSnapshot` in use; None where values are of a log."""
         return getattr(self.source, "snapshot", None)
 
+    def item_rows(self, item_ids: Sequence[str]) -> np.ndarray:
+        """(n,) rows by which `pair_fields` takes items: those of the bundle, and behind them those of items that came later and that
+        states tell of. -1 where nothing does; it has the values of an item without events."""
+        of_states = getattr(self.source, "item_row", None)
+        return np.fromiter(map(of_states or self.items.row, item_ids), np.int32, len(item_ids))
+
     def query_fields(self, queries: Queries) -> dict[str, np.ndarray]:
         """The user-side fields of B queries, (B, …) each."""
         i, users = self.inputs, queries.users
@@ -260,7 +267,10 @@ class Live:
         return out
 
     def pair_fields(self, queries: Queries, items: np.ndarray) -> dict[str, np.ndarray]:
-        """The dense facts of B x N pairs, (B, N, W) each; items (B, N) rows, -1 in empty slots."""
+        """The dense facts of B x N pairs, (B, N, W) each; items (B, N) rows (see `item_rows`), -1 in empty slots.
+
+        An item behind those of the bundle has what is keyed by itself; of its columns, which the bundle does not have, nothing.
+        """
         i, (B, N) = self.inputs, items.shape
         users, flat = np.repeat(queries.users, N), items.reshape(-1)
         raw = self.source.pair_values(queries, items)

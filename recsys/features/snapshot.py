@@ -88,7 +88,8 @@ def unpacked_snapshot(held: bytes) -> Part:
 def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Coder, fallback: ItemSnapshot) -> ItemSnapshot:
     """One snapshot in a bundle's own rows, as old as its oldest part.
 
-    `fallback` is that of the bundle: a group that no part holds yet keeps its values. Keys that the bundle does not know are left out.
+    `fallback` is that of the bundle: a group that no part holds yet keeps its values. Keys of texts that the bundle does not know are left out; items
+    that came after it are kept under rows behind its own (see `states.Coder`).
     """
     groups: dict[int, Looked] = {}
     for number, group in enumerate(inputs.plan.groups):
@@ -124,7 +125,7 @@ def decayed_counts(parts: Mapping[int, Part], group: Group, items: Vocabulary) -
 
 
 def coded(group: Group, tables: Mapping[int, pa.Table], coder: Coder) -> Looked:
-    """A group's tables by partition in a bundle's own codes, ascending; keys that it does not know are left out."""
+    """A group's tables by partition in a bundle's own codes, ascending; keys that have none are left out."""
     table = pa.concat_tables(tables.values())
     codes = np.concatenate([coder.of_keys(group, p, one["key"]) for p, one in tables.items()])
     order = np.argsort(codes, kind="stable")

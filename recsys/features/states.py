@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import pyarrow as pa
 
-from recsys.core import Queries, Vocabulary
+from recsys.core import UNKNOWN, Queries, Vocabulary
 from recsys.data.interactions import SHOWN, Interactions
 from recsys.features.aggregates import CLOCK_KEYS
 from recsys.features.asof import Raw
@@ -32,6 +33,8 @@ from recsys.features.stream import States, Stream
 from recsys.features.tally import Ends, Tally
 
 LATEST = 1 << 62
+MOST_LATER = 1 << 16
+"""Items beyond the bundle's whose counters one bundle tells apart; those that states bring after them count as nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,15 @@ class Looked:
 
 
 class Coder:
-    """Keys as numbers within one bundle: rows of users and items, codes of texts. A context's texts are numbered as states bring
-    them, never as requests do."""
+    """Keys as numbers within one bundle: rows of users and items, codes of texts. A context's texts, and items that the bundle does
+    not have, are numbered as states bring them, never as requests do: what a value is hangs on the states alone."""
 
     def __init__(self, columns: KeyColumns, items: Vocabulary, offset_s: float) -> None:
         self.columns, self.items, self.offset_s = columns, items, offset_s
         self._index = {(side, name): column.index for side, named in columns.texts.items() for name, column in named.items()}
         self._context: dict[str, dict[str, int]] = {}
+        self._later: dict[str, int] = {}
+        self._numbering = threading.Lock()  # a new snapshot is coded beside requests
         self._of_keys: dict[tuple[Key, int], tuple[pa.ChunkedArray, np.ndarray]] = {}
 
     def of_key(self, group: Group, key: Key, user: int) -> int:
@@ -84,7 +89,7 @@ class Coder:
         if len(key) != len(group.key):
             return -1
         for part, text in zip(group.key, key, strict=True):
-            code = user if part == "user" else self.text(part, text, new=True)
+            code = user if part == "user" else self.item(text, new=True) if part == "item" else self.text(part, text, new=True)
             if code < 0:
                 return -1
             out = out * self._size(part) + code
@@ -117,8 +122,20 @@ class Coder:
             return codes[at, None]
         rows = queries.users[at] if side == "user" else items
         column = self.columns.texts[side][part].codes
-        found: np.ndarray = np.where(rows[:, None] >= 0, column[np.maximum(rows, 0)] if len(column) else -1, -1)
+        known = (rows >= 0) & (rows < len(column))
+        found: np.ndarray = np.where(known[:, None], column[np.where(known, rows, 0)] if len(column) else -1, -1)
         return found.astype(np.int64)
+
+    def item(self, item_id: str, *, new: bool = False) -> int:
+        """The row under which states hold an item: the bundle's, or one behind all of them; `new` gives it one. -1 where it has none."""
+        row = self.items.row(item_id)
+        if row != UNKNOWN or not item_id:
+            return row
+        if new and item_id not in self._later:
+            with self._numbering:
+                if len(self._later) < MOST_LATER:
+                    self._later.setdefault(item_id, len(self.items) + len(self._later))
+        return self._later.get(item_id, UNKNOWN)
 
     def text(self, part: str, text: str, *, new: bool = False) -> int:
         """The code of a text, -1 where it has none; `new` gives a context's text one."""
@@ -141,7 +158,7 @@ class Coder:
             return 24
         side = self.columns.side_of(part)
         if part == "item":
-            return max(len(self.items), 1)
+            return len(self.items) + MOST_LATER
         return max(len(self.columns.texts[side][part].texts), 1) if side and part != "user" else 1 << 20
 
 
@@ -275,8 +292,13 @@ class StateSource:
 
     def _item_codes(self, of: str, items: np.ndarray) -> np.ndarray:
         column = self.inputs.columns.texts["item"][of].codes[:, 0]
-        codes: np.ndarray = np.where(items >= 0, column[np.maximum(items, 0)] if len(column) else -1, -1)
+        known = (items >= 0) & (items < len(column))
+        codes: np.ndarray = np.where(known, column[np.where(known, items, 0)] if len(column) else -1, -1)
         return codes.astype(np.float64)
+
+    def item_row(self, item_id: str) -> int:
+        """See inputs.Live.item_rows."""
+        return self.coder.item(item_id)
 
     def context_texts(self, of: str) -> Any:
         """The texts of a context column, in the order of their codes."""

@@ -13,6 +13,10 @@ from recsys import examples, packing
 from recsys.config import load
 from recsys.data.leaks import separation
 from recsys.errors import ConfigError, DataError
+from recsys.features import states
+from recsys.features.groups import Row
+from recsys.features.live_items import ItemChange, MemoryItemLog
+from recsys.features.snapshot import item_snapshot, packed_snapshot, unpacked_snapshot
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import Prepared, prepare
 from tests.small import YAML, bundled, config_of, write_data
@@ -53,6 +57,36 @@ def test_a_bundle_goes_on_from_the_states_of_its_training_log(served):
     assert ours["item_n"].std() > 0
     assert len(np.unique(theirs["same_colour"][0])) == 2, "u0 has one colour only"
     assert packing.differences(loaded, bundle) == []
+
+
+def test_a_live_item_is_counted_as_one_of_the_bundle_is(served):
+    """`new` and `cold` had three clicks each since the training, and reach a ranker as one partition's snapshot."""
+    _, _, bundle = served
+    loaded = Funnel.load(bundle)
+    log = MemoryItemLog()
+    log.change([ItemChange("new", {"colour": "red", "price": 5}), ItemChange("later", {})])
+    source = loaded.live.source
+    at, stream = source.snapshot.at + 10.0, source.stream
+    for n, item in enumerate(["cold", "new", "ghost"] * 3):
+        stream.apply(Row(at, 10**6 + n, f"u{n}", item, "click", float("nan"), {"positive": 1.0}, {"device": "web"}, told=True))
+    part = unpacked_snapshot(packed_snapshot(source.inputs.plan, stream.of_items, at, (9,)))
+    source.snapshot = item_snapshot({0: part}, source.inputs, source.coder, source.snapshot)  # before anybody told of the item
+    loaded.follow(log.since(0).records)
+    queries = loaded.queries([FunnelRequest("u0", 3, at, context={"device": "web"})])
+    used = loaded.rank(queries, [["cold", "new", "later"]]).used
+    for name in ("item_n", "item_device_n"):
+        (values,) = used.pair_fields[name]
+        place = {i: slot for slot, i in enumerate(loaded.items.outside(used.items[0]))}
+        np.testing.assert_array_equal(values[place["new"]], values[place["cold"]])
+        assert not np.allclose(values[place["new"]], values[place["later"]]), "whom nobody clicked is counted nothing"
+
+
+def test_items_beyond_those_that_one_bundle_can_number_count_as_nothing(served, monkeypatch):
+    coder = Funnel.load(served[2]).live.source.coder
+    n = len(coder.items)
+    monkeypatch.setattr(states, "MOST_LATER", 2)
+    assert [coder.item(i, new=True) for i in ("a", "b", "a", "c", "i1")] == [n, n + 1, n, -1, coder.items.row("i1")]
+    assert [coder.item(i) for i in ("b", "c", "")] == [n + 1, -1, -1]
 
 
 def test_a_page_for_which_nothing_passes_is_empty_at_every_stage(served):

@@ -2,16 +2,18 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 
 from recsys.config import Config
-from recsys.core import Candidates, Queries
+from recsys.core import Candidates, Queries, Vocabulary
 from recsys.data.interactions import Interactions
 from recsys.features.generate import told
 from recsys.features.groups import Row
+from recsys.features.live_items import ItemChange, MemoryItemLog
 from recsys.features.records import COUNTED, counted_field
 from recsys.features.states import ItemSnapshot
 from recsys.funnel import Funnel, FunnelRequest
@@ -89,6 +91,65 @@ def test_a_simulated_day_has_no_mismatch(served):
     assert set(report.features) == live
     assert report.features["item_n"].compared == 80 * 5
     assert min(s.compared for s in report.features.values()) >= 80
+
+
+def test_a_live_item_has_its_own_counters_on_a_page_and_the_log_gives_the_same(served):
+    """`new` came after the training: five clicks, of which each page knows those that its snapshot counts. `ghost` was clicked and
+    never told of; `quiet` told of and never clicked."""
+    config, log, bundle = served
+    funnel = Funnel.load(bundle)
+    items = MemoryItemLog()
+    items.change([ItemChange("quiet", {"colour": "red", "price": 5}), ItemChange("new", {"colour": "red", "price": 5})])
+    funnel.follow(items.since(0).records)
+    source, stream = funnel.live.source, funnel.live.source.stream
+    start, pages, counts = float(log.time.max()) + 100, [], []
+    for n in range(6):
+        at = start + 60.0 * n
+        fresh = ItemSnapshot.of(funnel.live.inputs, source.coder, stream.of_items, at)
+        source.snapshot = dataclasses.replace(fresh, counted=(2 * n,))
+        counters = stream.pack(source.read_user("u3")) + counted_field(0)[COUNTED]
+        request = FunnelRequest("u3", 4, at + 10, context={"device": "web"}, counters=counters)
+        queries = funnel.queries([request])
+        ranked = funnel.rank(queries, [["new", "quiet", "cold", "i1"]])
+        page = funnel.page(queries, ranked)[0]
+        seen = picked(ranked.used, 0, funnel.items.rows([i.item_id for i in page]))
+        pages.append(impression(request, f"r{n}", page, seen, version=funnel.version))
+        place = {i.item_id: slot for slot, i in enumerate(page)}
+        of = {name: {i: x[slot].tolist() for i, slot in place.items()} for name, x in seen_fields(seen, 4).items()}
+        counts.append(of["item_n"]["new"][0])
+        assert of["item_n"]["quiet"] == of["item_n"]["cold"], "nobody clicked either"
+        assert of["item_device_n"]["quiet"] == of["item_device_n"]["cold"]
+        assert (of["item_n"]["new"] == of["item_n"]["cold"]) == (n == 0)
+        assert of["reach"]["new"] == of["reach"]["quiet"] != of["reach"]["cold"], "keys of its columns wait for a version that has it"
+        for m, item in enumerate(("new", "ghost")):
+            stream.apply(
+                Row(
+                    at + 20 + m, len(log) + 2 * n + m, f"u{n}", item, "click", float("nan"), {"positive": 1.0}, {"device": "web"}, told=True
+                )
+            )
+    assert all(a < b for a, b in itertools.pairwise(counts))
+    events = [(f"u{n}", item, start + 60.0 * n + 20 + m) for n in range(6) for m, item in enumerate(("new", "ghost"))]
+    whole = dataclasses.replace(
+        log,
+        items=(known := Vocabulary([*log.items.ids.to_pylist(), "ghost", "new"])),
+        user=np.concatenate([log.user, log.users.rows([u for u, _, _ in events])]),
+        item=np.concatenate([log.item, known.rows([i for _, i, _ in events])]),
+        time=np.concatenate([log.time, [t for _, _, t in events]]),
+        event=np.concatenate([log.event, np.zeros(12, np.int8)]),
+        value=np.concatenate([log.value, np.full(12, np.nan, np.float32)]),
+        labels={n: np.concatenate([x, np.ones(12, np.float32)]) for n, x in log.labels.items()},
+        context={"device": np.concatenate([log.context["device"], np.array(["web"] * 12, object)])},
+        session=None,
+    )
+    report = compared(table_of(pages), Funnel.load(bundle, stages=("fine_rank",)), came(log, whole, config))
+    assert (report.pages, report.without, report.mixed) == (6, 0, 0)
+    assert report.mismatches == 0, report
+    assert report.features["item_n"].compared == 6 * 4
+
+
+def seen_fields(seen, k: int) -> dict[str, np.ndarray]:
+    """Field -> (k, W) values of a page's items."""
+    return {name: np.asarray(x).reshape(k, -1) for name, x in seen.pair_fields.items()}
 
 
 def test_an_injected_bug_in_one_road_is_named(served, monkeypatch):
