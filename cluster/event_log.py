@@ -21,6 +21,18 @@ class Entry(NamedTuple):
     told_ms: int
 
 
+class End(NamedTuple):
+    """Where a partition ends. total: how many entries it ever took; first: the offset of the oldest one that it holds, in a log whose
+    positions are offsets and which forgets by itself; None where positions say nothing and consumers count all entries."""
+
+    total: int
+    first: int | None = None
+
+    def behind(self, at: str, n: int) -> int:
+        """How many entries stand behind a position ("" is the beginning) that `n` entries were counted up to."""
+        return max(0, self.total - (n if self.first is None else max(self.first, int(at or -1) + 1)))
+
+
 def place(position: str) -> tuple[int, ...]:
     """What positions are ordered by; "" is the beginning."""
     return tuple(map(int, position.split("-"))) if position else ()
@@ -36,8 +48,8 @@ class EventLog(Protocol):
         """Per partition at most `count` entries behind a position ("" is the beginning); waits for the first of them."""
         ...
 
-    async def totals(self, partitions: int) -> list[int]:
-        """How many entries each partition ever took."""
+    async def ends(self, partitions: int) -> list[End]:
+        """Where each partition ends."""
         ...
 
     async def firsts(self, partitions: int) -> list[int]:
@@ -109,9 +121,9 @@ class RedisLog:
             for name, page in pages or ()
         }
 
-    async def totals(self, partitions: int) -> list[int]:
+    async def ends(self, partitions: int) -> list[End]:
         """See EventLog: `entries-added` counts trimmed ones too."""
-        return [added for added, _ in await self._lengths(partitions)]
+        return [End(added) for added, _ in await self._lengths(partitions)]
 
     async def firsts(self, partitions: int) -> list[int]:
         """See EventLog."""

@@ -39,27 +39,27 @@ async def status(config: Config, redis: Redis, log: EventLog) -> list[PartitionS
     """Every partition. Faults are the client's own."""
     P = config.store.partitions
     store = PartitionStore(redis, config.store.prefix, ttl_s=1, mark_ttl_s=1, dead_letters=1)
-    heads, totals = await store.heads(range(P)), await log.totals(P)
+    heads, ends = await store.heads(range(P)), await log.ends(P)
     now_ms = await server_ms(redis)
-    waiting = {h.partition: h.at for h in heads if totals[h.partition] > h.n}
+    waiting = {h.partition: h.at for h in heads if ends[h.partition].behind(h.at, h.n)}
     oldest = await log.read(waiting, 1) if waiting else {}
     written = await asyncio.to_thread(event_files.manifests, config.place("events"))
     out = []
     for head in heads:
-        p, manifest = head.partition, written.get(head.partition)
+        p, manifest, end = head.partition, written.get(head.partition), ends[head.partition]
         first = oldest.get(p) or []
-        counted = min((h.counted.get(p, 0) for h in heads), default=0)
+        counted, reached = min(((h.counted.get(p, 0), h.reached.get(p, "")) for h in heads), default=(0, ""))
         out.append(
             PartitionStatus(
                 p,
                 head.owner,
                 head.until_ms > now_ms,
-                totals[p],
-                max(0, totals[p] - head.n),
+                end.total,
+                end.behind(head.at, head.n),
                 max(0.0, (now_ms - first[0].told_ms) / 1000) if first else 0.0,
-                max(0, totals[p] - counted),
+                end.behind(reached, counted),
                 head.dead,
-                max(0, totals[p] - (manifest.n if manifest else 0)),
+                end.behind(manifest.at, manifest.n) if manifest else end.behind("", 0),
                 sum(f.rows for f in manifest.files) if manifest else 0,
                 max((f.written for f in manifest.files), default=None) if manifest else None,
             )

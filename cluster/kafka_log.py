@@ -2,18 +2,20 @@
 
 An event is produced first (acknowledged by all in-sync replicas), then its history is updated: whatever fails in between is told
 again by the caller, so an event may stand in the topic twice, and consumers count the first (`repeats`). Positions are offsets
-and are kept in the store beside the counters, not in a consumer group: both move in one step.
+and are kept in the store beside the counters, not in a consumer group: both move in one step. What the topic's retention forgets
+before it is read is gone: that is told, and no lag counts it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.event_log import Entry
+from cluster.event_log import End, Entry
 from cluster.redis_store import RedisStore
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
@@ -22,6 +24,8 @@ from recsys.ingest_config import KafkaLogConfig
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Producer
+
+log = logging.getLogger(__name__)
 
 _PATIENCE_S = 10.0
 
@@ -85,7 +89,11 @@ class KafkaLog:
         with self._lock:
             self._place(after)
             if not any(self._held.values()):
-                self._fetch(count * len(after), max(wait_ms, self._patience_ms) / 1000)
+                try:
+                    self._fetch(count * len(after), max(wait_ms, self._patience_ms) / 1000)
+                except StoreUnavailableError:
+                    self._held = {}  # the consumer is behind messages that were not kept: the next read goes back to its place
+                    raise
             return {p: list(held)[:count] for p in after if (held := self._held.get(p))}
 
     def _place(self, after: Mapping[int, str]) -> None:
@@ -119,8 +127,35 @@ class KafkaLog:
                 raise StoreUnavailableError(f"Kafka at {self._config.servers} refuses ({message.error()}). It is asked again.")
             p, offset = message.partition(), message.offset()
             if p in self._held and offset >= self._fetched.get(p, 0):
+                if 0 < self._fetched.get(p, 0) < offset:  # nothing is expected by who reads from the beginning
+                    self._tell_of_forgotten(p, self._fetched[p])
                 self._held[p].append(Entry(str(offset), message.value() or b"", message.timestamp()[1]))
                 self._fetched[p] = offset + 1
+
+    def _tell_of_forgotten(self, partition: int, expected: int) -> None:
+        """Warn where the topic begins behind the entry that is due; what a producer's transactions leave out is no loss."""
+        first, _ = self._watermarks(partition)
+        if first > expected:
+            log.warning(
+                "ingest partition=%d: topic '%s' has forgotten %d entries, from offset %d on, before they were read here; it goes on behind "
+                "them. Raise the topic's retention (retention.ms), or run consumers more often.",
+                partition,
+                self._config.topic,
+                first - expected,
+                expected,
+            )
+
+    def _watermarks(self, partition: int) -> tuple[int, int]:
+        """The offset of the oldest entry, and that of the next one. StoreUnavailableError where Kafka does not answer."""
+        from confluent_kafka import KafkaException, TopicPartition
+
+        try:
+            found = self._client().get_watermark_offsets(TopicPartition(self._config.topic, partition), timeout=_PATIENCE_S)
+        except KafkaException as fault:
+            raise StoreUnavailableError(f"Kafka at {self._config.servers} does not answer ({fault}). It is asked again.") from fault
+        if found is None:
+            raise StoreUnavailableError(f"Kafka at {self._config.servers} did not answer in {_PATIENCE_S:g} s. It is asked again.")
+        return max(0, found[0]), max(0, found[1])
 
     def _client(self) -> Consumer:
         if self._consumer is None:
@@ -129,17 +164,14 @@ class KafkaLog:
             self._consumer = client("Consumer", self._config, **settings)
         return self._consumer
 
-    async def totals(self, partitions: int) -> list[int]:
-        """See EventLog: the ends of the partitions."""
+    async def ends(self, partitions: int) -> list[End]:
+        """See EventLog: the watermarks of the partitions."""
 
-        def ends() -> list[int]:
-            from confluent_kafka import TopicPartition
-
+        def asked() -> list[End]:
             with self._lock:
-                asked = (TopicPartition(self._config.topic, p) for p in range(partitions))
-                return [max(0, self._client().get_watermark_offsets(tp, timeout=_PATIENCE_S)[1]) for tp in asked]
+                return [End(end, first) for first, end in map(self._watermarks, range(partitions))]
 
-        return await asyncio.to_thread(ends)
+        return await asyncio.to_thread(asked)
 
     async def firsts(self, partitions: int) -> list[int]:
         """See EventLog: entries are numbered from the first that was read."""
@@ -150,7 +182,7 @@ class KafkaLog:
 
     async def holds(self, partition: int, after: str, upto: str, n: int) -> bool:  # noqa: ARG002
         """See EventLog: where its end is not before the last of them."""
-        return (await self.totals(partition + 1))[partition] > int(upto)
+        return (await self.ends(partition + 1))[partition].total > int(upto)
 
     async def go_on(self, partition: int, position: str, n: int) -> None:  # noqa: ARG002
         """A topic made anew counts from its own beginning: it cannot be numbered."""

@@ -177,7 +177,7 @@ class ItemStep(NamedTuple):
 
 class Head(NamedTuple):
     """Where a partition stands: owner and until when (server's ms), how many entries are applied, rows and dead letters ever, and
-    per source how many of its entries the item side has counted."""
+    per source how many of its entries the item side has counted, and up to which position."""
 
     partition: int
     owner: str
@@ -188,6 +188,7 @@ class Head(NamedTuple):
     rows: int
     dead: int
     counted: dict[int, int]
+    reached: dict[int, str]
 
 
 class PartitionStore:
@@ -299,9 +300,10 @@ class PartitionStore:
         out, each = [], len(calls) // max(1, len(partitions))
         for p, held, sources in zip(partitions, found[::each], found[1::each], strict=True):
             owner, until, epoch, at, n, rows, dead = held
-            counted = {int(s): int(told.rpartition(b" ")[2]) for s, told in sources.items()}
+            parted = {int(s): told.decode().rpartition(" ") for s, told in sources.items()}
+            counted, reached = {s: int(n) for s, (_, _, n) in parted.items()}, {s: position for s, (position, _, _) in parted.items()}
             until_ms, number, n_, rows_, dead_ = (int(x or 0) for x in (until, epoch, n, rows, dead))
-            out.append(Head(p, (owner or b"").decode(), until_ms, number, (at or b"").decode(), n_, rows_, dead_, counted))
+            out.append(Head(p, (owner or b"").decode(), until_ms, number, (at or b"").decode(), n_, rows_, dead_, counted, reached))
         return out
 
     async def counted(self, partition: int) -> tuple[dict[int, str], list[bytes], bytes | None]:

@@ -2,12 +2,12 @@
 
 What a version has taken lies in its own bundle (`taken.json`), so it is published together with it or not at all: a run that
 is killed anywhere has taken nothing, and the next one takes the same events again. A refused version is not published; its
-events count as new until they are in a version.
+events count as new until they are in a version. A file from elsewhere stands in place of the workdir's own event log, for the
+histories and counters of the version as well; which events are new is known of each apart (`cluster.taken`).
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -25,14 +25,14 @@ from cluster import evaluation
 from cluster.registry import Registry
 from cluster.registry_url import open_registry
 from cluster.steps import fetch, prepare
-from cluster.taken import TAKEN, Positions, Taken, taken_in
+from cluster.taken import NOTHING, Positions, Taken, marks, taken_in
 from cluster.trainers import say, trainer
 from cluster.workdir import NOT_LEARNT_FROM, state, state_key
 from recsys import impressions, packing
 from recsys.config import Config
 from recsys.continued import Continued
 from recsys.core import Vocabulary
-from recsys.data import live_log
+from recsys.data import event_files, live_log
 from recsys.data.sources import IMPRESSION
 from recsys.data.split import SplitConfig
 from recsys.errors import DataError, RetrainRefusedError
@@ -83,9 +83,9 @@ def retrain(
     registry = open_registry(config.place("registry"))
     serving = registry.resolve("production" if since == "last" else since)
     held = live_log.read(events or config.place("events"))
-    taken = taken_by(registry, serving)
-    new = held.filter(_behind(held, taken))
-    now = Taken.of(held, taken, own=events is None)
+    taken = _taken(registry, serving)
+    new = _new(config, held, taken, own=events is None)
+    now = taken.and_now(held, own=events is None)
     done = partial(_done, began, console)
     if not len(new):
         return done(
@@ -94,7 +94,7 @@ def retrain(
     if len(new) < config.retrain.min_events:
         few = f"{len(new):,} new events since {serving}: fewer than the {config.retrain.min_events:,} of retrain.min_events. Nothing to do."
         return done(None, promoted=False, new=len(new), warm=False, verdict=None, sentence=few)
-    if (same := _published(registry, serving, now.positions)) is not None:
+    if (same := _published(registry, serving, now)) is not None:
         if promote:
             registry.promote(same)
         sentence = f"{same} has taken these {len(new):,} events already" + (" and is production now" if promote else "")
@@ -115,8 +115,7 @@ def retrain(
             f"The retrained version is not published and {serving} stays: {verdict.sentence()}. The gate wants a difference of at least "
             f"{config.retrain.gate.at_least:g} standard errors. Look at the new events, or change retrain.gate."
         )
-    taken_now = {**now.as_json(), "events": len(held), "since": serving, "warm": warm}
-    version = _publish(registry, steps, taken_now, verdict, console)
+    version = _publish(registry, steps, now, verdict, console, since=serving, more={"events": len(held), "warm": warm})
     if promote:
         registry.promote(version)
     sentence = f"{version}{' is production' if promote else ' is published, not promoted'}: {verdict.sentence()}"
@@ -135,24 +134,28 @@ def _done(
 
 
 def taken_by(registry: Registry, version: str) -> Positions:
-    """Up to where a version has taken the event log; nothing for one that `train` made."""
-    taken = taken_in(registry.local_copy(version, contents=False))
-    return taken.positions if taken is not None else {}
+    """Up to where a version's states hold the log that it was made from; nothing for one that `train` made."""
+    return _taken(registry, version).positions
 
 
-def _behind(events: pa.Table, taken: Mapping[int, int]) -> pa.Array:
-    partition, position = events["partition"].to_numpy(), events["position"].to_numpy()
-    starts = np.zeros(int(partition.max(initial=0)) + 1, np.int64)
-    for p, n in taken.items():
-        if p < len(starts):
-            starts[p] = n
-    return pa.array(position >= starts[partition]) if len(events) else pa.array([], pa.bool_())
+def _taken(registry: Registry, version: str) -> Taken:
+    return taken_in(registry.local_copy(version, contents=False)) or NOTHING
 
 
-def _published(registry: Registry, serving: str, ends: Positions) -> str | None:
+def _new(config: Config, held: pa.Table, taken: Taken, *, own: bool) -> pa.Table:
+    """What was taken neither from the own log nor from a file: a file may be a copy of the log, or of a part of it."""
+    if own:
+        held, known = held.filter(pa.array(taken.behind(held))), taken.elsewhere
+    else:
+        log = event_files.read(config.place("events")) if taken.log else held.slice(0, 0)
+        known = np.union1d(taken.elsewhere, marks(log.filter(pa.array(~taken.behind(log)))))
+    return held.filter(pa.array(~np.isin(marks(held), known))) if len(known) else held
+
+
+def _published(registry: Registry, serving: str, now: Taken) -> str | None:
     """The newest version that went on from the serving one with exactly these events."""
     for version in reversed(registry.versions()):
-        if registry.manifest(version).parent_version == serving and taken_by(registry, version) == ends:
+        if registry.manifest(version).parent_version == serving and _taken(registry, version).equals(now):
             return version
     return None
 
@@ -278,15 +281,17 @@ def _judged(config: Config, steps: Recipe, serving: Serving, console: Console) -
         return compared(newest, newest.asked(judged), newest.asked(Funnel.load(serving.folder)), gate)
 
 
-def _publish(registry: Registry, steps: Recipe, taken: Mapping[str, Any], verdict: Verdict, console: Console) -> str:
+def _publish(
+    registry: Registry, steps: Recipe, taken: Taken, verdict: Verdict, console: Console, *, since: str, more: Mapping[str, Any]
+) -> str:
     final = steps.final()
     metrics = {verdict.metric: verdict.new, f"serving {verdict.metric}": verdict.serving, "users": verdict.users, "protocol": "rolling"}
 
     def fill(folder: Path) -> dict[str, Any]:
         fields = packing.pack(final, folder, tower=steps.final_tower, ranker=steps.ranker)
-        (folder / TAKEN).write_text(json.dumps(taken))
+        taken.write(folder, {**more, "since": since})
         return fields
 
     with console.status("writing the bundle"):
-        version: str = registry.publish(fill, metrics=metrics, parent_version=taken["since"])
+        version: str = registry.publish(fill, metrics=metrics, parent_version=since)
     return version

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+from typing import NamedTuple
 
 import pytest
 
+from cluster.event_log import End
 from cluster.ingest import Ingest
 from cluster.ingest_status import status
 from cluster.kafka_log import KafkaLog, KafkaStore, ensure_topic
@@ -86,6 +89,103 @@ def test_events_told_again_and_consumers_that_die_change_nothing(broker, url, tm
 
     asyncio.run(scenario())
     each_is_in_parquet_once(tmp_path, events)
+
+
+class Message(NamedTuple):
+    """A record as confluent_kafka hands it over."""
+
+    at: int
+    fault: str | None = None
+
+    def error(self) -> str | None:
+        return self.fault
+
+    def partition(self) -> int:
+        return 0
+
+    def offset(self) -> int:
+        return self.at
+
+    def value(self) -> bytes:
+        return b"{}"
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, 17
+
+
+class Trimmed:
+    """A consumer of a partition whose oldest entry is `first`, which nobody can make the mock broker forget."""
+
+    def __init__(self, first: int, offsets: list[int]) -> None:
+        self.first, self.offsets, self.end = first, offsets, offsets[-1] + 1
+        self.start = -1
+
+    def assign(self, starts: list[object]) -> None:
+        (start,) = starts
+        self.start = start.offset
+
+    def consume(self, most: int, _: float) -> list[Message]:
+        here = [at for at in self.offsets if at >= self.start][:most]
+        self.start = here[-1] + 1 if here else self.start
+        return [Message(at) for at in here]
+
+    def get_watermark_offsets(self, _: object, timeout: float) -> tuple[int, int]:
+        assert timeout > 0
+        return self.first, self.end
+
+
+@pytest.mark.parametrize(
+    ("after", "first", "offsets", "told"),
+    [
+        ("4", 9, [9, 10], "has forgotten 4 entries, from offset 5 on"),  # 5 to 8
+        ("8", 9, [9, 10], None),
+        ("", 9, [9, 10], None),  # who begins misses nothing
+        ("4", 0, [6, 7], None),  # offset 5 ends a producer's transaction
+    ],
+)
+def test_what_retention_forgot_before_it_was_read_is_told_and_is_no_lag(caplog, after, first, offsets, told):
+    """Of offsets 0 to 10 the topic holds those from `first` on. Whoever has read the last one is behind by nothing."""
+    log = KafkaLog(KafkaLogConfig(servers="nowhere:1", topic="events"), 1)
+    log._consumer = Trimmed(first, offsets)
+
+    async def scenario():
+        with caplog.at_level(logging.WARNING, logger="cluster.kafka_log"):
+            page = (await log.read({0: after}, 10))[0]
+        assert [int(entry.position) for entry in page] == offsets
+        (end,) = await log.ends(1)
+        assert end == End(offsets[-1] + 1, first)
+        assert end.behind(page[-1].position, len(page)) == 0
+
+    asyncio.run(scenario())
+    warned = [record.getMessage() for record in caplog.records if record.name == "cluster.kafka_log"]
+    assert [told in line for line in warned] == ([True] if told else [])
+
+
+def test_a_fault_among_messages_loses_none_of_those_beside_it():
+    """Three messages came, the first of them a fault: the two others were taken from the consumer and are read again."""
+    log = KafkaLog(KafkaLogConfig(servers="nowhere:1", topic="events"), 1)
+    consumer = log._consumer = Trimmed(0, [0, 1, 2])
+    consume, faults = consumer.consume, ["broken"]
+
+    def faulty(most: int, wait_s: float) -> list[Message]:
+        return [m._replace(fault=faults.pop()) if faults else m for m in consume(most, wait_s)]
+
+    consumer.consume = faulty
+
+    async def scenario():
+        with pytest.raises(StoreUnavailableError, match=r"refuses \(broken\)"):
+            await log.read({0: ""}, 10)
+        assert [entry.position for entry in (await log.read({0: ""}, 10))[0]] == ["0", "1", "2"]
+
+    asyncio.run(scenario())
+
+
+def test_a_lag_counts_what_can_still_be_read():
+    """A topic that holds offsets 40 to 99: all 60 for who begins or has read up to 9, 30 for who has read up to 69. A stream of the
+    store counts all that it ever took, whatever its positions are."""
+    topic = End(100, 40)
+    assert [topic.behind(at, n) for at, n in (("", 0), ("9", 10), ("69", 30), ("99", 60))] == [60, 60, 30, 0]
+    assert [End(100).behind(at, n) for at, n in (("", 0), ("1700-3", 70), ("1700-9", 100))] == [100, 30, 0]
 
 
 def test_a_topic_of_another_size_is_refused(broker):

@@ -62,7 +62,7 @@ def test_consumers_count_archive_trim_and_publish_as_on_one_server(url, tmp_path
         reader = SnapshotReader(client, config.store.prefix, 3)
         assert await reader.read() == 3
         log = RedisLog(client, config.store.prefix)
-        assert sum(await log.totals(3)) == 120
+        assert sum(end.total for end in await log.ends(3)) == 120
         assert sum(await log.firsts(3)) == 120, "trimmed behind Parquet"
         assert await log.read(dict.fromkeys(range(3), ""), 10) == {}
         assert (await memory(client))["used_mb"] > 0

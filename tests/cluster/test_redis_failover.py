@@ -125,7 +125,7 @@ def test_partitions_lie_on_three_nodes_and_all_is_as_on_one(three, tmp_path):
         client = connected(three.url)
         assert await SnapshotReader(client, config.store.prefix, P).read() == P
         log = RedisLog(client, config.store.prefix)
-        assert sum(await log.totals(P)) == sum(await log.firsts(P)) == 120, "trimmed behind Parquet"
+        assert sum(end.total for end in await log.ends(P)) == sum(await log.firsts(P)) == 120, "trimmed behind Parquet"
         store = RedisStore(three.url, config.store, config.history)
         await store.change_profiles({f"u{n}": {"age": n} for n in range(6)})
         assert [s.profile for s in await store.read([f"u{n}" for n in range(6)], timeout_s=5.0)] == [{"age": n} for n in range(6)]

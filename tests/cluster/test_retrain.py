@@ -11,8 +11,10 @@ from rich.console import Console
 
 from cluster import retrain as retraining
 from cluster.registry import Registry
-from cluster.retrain import TAKEN, retrain, taken_by
+from cluster.retrain import retrain, taken_by
+from cluster.taken import ELSEWHERE, TAKEN, covered, taken_in
 from recsys.config import Config
+from recsys.data import event_files
 from recsys.errors import BundleError, DataError, RetrainRefusedError
 from recsys.funnel import Funnel, FunnelRequest, PageItem
 from recsys.impressions import impression, table_of
@@ -195,14 +197,77 @@ def test_where_more_than_ids_differ_it_fits_anew_and_says_why(at, setting, reaso
 
 
 def test_events_from_a_file_are_taken_like_those_of_the_workdir(at):
-    from recsys.data import event_files
-
     config = config_of(at, TOLERANT)
     archive(at / "elsewhere", new_events())
     pq.write_table(event_files.read(str(at / "elsewhere")), at / "all.parquet")
     done = retrain(config, console(), events=str(at / "all.parquet"))
     assert done.new_events == 240
     assert sum(taken_by(registry(config), done.version).values()) == 240
+
+
+def file_of(at: Path, name: str, events: list[Told]) -> str:
+    """These events as a file from elsewhere, whose positions begin at 0 as in every other one."""
+    archive(at / name, events, partitions=1)
+    pq.write_table(event_files.read(str(at / name)), at / f"{name}.parquet")
+    return str(at / f"{name}.parquet")
+
+
+def test_a_file_leaves_the_own_log_where_it_is(at):
+    """The file has positions 0 to 239, the log begins at 0 as well: none of its 120 events was taken."""
+    config = config_of(at, TOLERANT)
+    file = file_of(at, "elsewhere", new_events())
+    first = retrain(config, console(), events=file)
+    assert first.new_events == 240
+    archive(Path(config.place("events")), new_events(120, start=LATER + 100_000), partitions=1)
+    own = retrain(config, console())
+    assert own.new_events == 120
+    assert own.promoted
+    taken = taken_in(registry(config).bundles / own.version)
+    assert (taken.positions, taken.log, taken.own, len(taken.elsewhere)) == ({0: 120}, {0: 120}, True, 240)
+    for again in (retrain(config, console()), retrain(config, console(), events=file)):
+        assert again.sentence == f"Nothing new since {own.version}: 0 new events. Nothing to do."
+
+
+def test_the_own_log_leaves_a_file_where_it_is(at):
+    """The log is at 120; a file of 110 has positions 0 to 109, and another one has them again."""
+    config = config_of(at, TOLERANT)
+    archive(Path(config.place("events")), new_events(120), partitions=1)
+    assert retrain(config, console()).new_events == 120
+    files = [file_of(at, name, new_events(110, start=LATER + start)) for name, start in (("one", 100_000), ("two", 200_000))]
+    for n, file in enumerate(files):
+        unpromoted = retrain(config, console(), events=file, promote=False)
+        assert (unpromoted.new_events, unpromoted.verdict is None) == (110, False)
+        done = retrain(config, console(), events=file)
+        assert (done.version, done.verdict) == (unpromoted.version, None), "nothing was trained again"
+        taken = taken_in(registry(config).bundles / done.version)
+        assert (taken.positions, taken.log, taken.own, len(taken.elsewhere)) == ({0: 110}, {0: 120}, False, 110 * (n + 1))
+    for events in (*files, None):
+        assert retrain(config, console(), events=events).sentence.startswith(f"Nothing new since {done.version}: 0 new events.")
+
+
+def test_a_copy_of_the_log_holds_nothing_new_and_the_log_nothing_that_its_copy_had(at):
+    """A copy of the log's first 120 events is known; with 110 more it is taken for these, and the log has then none that are new."""
+    config = config_of(at, TOLERANT)
+    own = Path(config.place("events"))
+    archive(own, new_events(120))
+    copy = file_of(at, "copy", new_events(120))
+    assert retrain(config, console()).new_events == 120
+    assert retrain(config, console(), events=copy).new_events == 0
+    later = new_events(110, start=LATER + 100_000)
+    copy = file_of(at, "longer", [*new_events(120), *later])
+    assert retrain(config, console(), events=copy).new_events == 110
+    archive(own, later)
+    assert retrain(config, console()).new_events == 0
+
+
+@pytest.mark.parametrize(("own", "log", "positions"), [(True, {0: 7}, {0: 7}), (False, {}, None)])
+def test_what_bundles_said_before_sources_were_told_apart_is_read(tmp_path, own, log, positions):
+    """Of a version that took a file last, the one numbering of all sources is not believed."""
+    (tmp_path / TAKEN).write_text(json.dumps({"positions": {"0": 7}, "own": own, "until_ms": 5}))
+    taken = taken_in(tmp_path)
+    assert (taken.positions, taken.log, len(taken.elsewhere)) == ({0: 7}, log, 0)
+    assert (covered(tmp_path).positions, covered(tmp_path).until_ms == 5) == (positions, not own)
+    assert not (tmp_path / ELSEWHERE).exists()
 
 
 def test_events_that_the_log_holds_already_are_not_new_to_anybody(at):
