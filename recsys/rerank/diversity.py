@@ -47,7 +47,8 @@ class MMRConfig(FrozenConfig):
     pool: PositiveInt = 100
     """Only so many of the best candidates are considered (or the page, if it is longer)."""
     caps: tuple[CapConfig, ...] = ()
-    """At most so many items of one value of a column among so many places in a row. A cap that would leave places empty gives way."""
+    """At most so many items of one value of a column among so many places in a row. A cap that would leave places empty gives way. Pins
+    come after caps and do not count towards them: a page may exceed a cap because of its pins."""
 
     def build(self, vectors: RowVectors | None, columns: Mapping[str, RowVectors]) -> MMR:
         """With (n_items, d) item vectors (None: no likeness, caps alone) and encoded item columns, (n_items,) or (n_items, W)."""

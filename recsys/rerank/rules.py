@@ -4,7 +4,7 @@ The order, each on what the one before left:
     1. blocks, exclusions, filters   inside every search, long before: what they forbid is not here any more
     2. worth                         fine score x boosts x novelty x what is like something unwanted x new items; who stands first
     3. diversity and caps            on worth (see diversity.py); a cap gives way before a place stays empty
-    4. pins                          at their places, whatever else wants them
+    4. pins                          at their places, whatever else wants them and whatever cap they exceed
     5. exploration                   any other place goes, now and then, to a candidate drawn at random
 Exploration comes last, so that each item's probability to stand where it stands is known exactly. Scores stay the fine scores: rules change the order alone, so what is logged of a page is what the ranker said.
 """

@@ -189,6 +189,14 @@ def test_pins_stand_at_their_places_and_the_rest_closes_up():
     assert page(made, [0, 1, 2, 3, 4], k=4) == [(0, ""), (3, "pinned"), (1, ""), (2, "")]
 
 
+def test_a_pin_does_not_count_towards_a_cap():
+    """0 to 3 share a value, at most two on a page: 0, 1, 4 without the pin of 3."""
+    values = np.array([1, 1, 1, 1, 2] + [3] * 15, np.int32)
+    mmr = MMRConfig(lambda_=1.0, caps=(CapConfig(column="a", at_most=2),)).build(None, {"a": values})
+    made = Rules(RulesConfig(pins=(PinConfig(item_id="3", place=2),)), mmr, known(), None)
+    assert [i for i, _ in page(made, [0, 1, 2, 3, 4], k=3)] == [0, 3, 1]
+
+
 def test_a_pin_of_the_request_comes_before_the_configurations():
     made = rules(RulesConfig(pins=(PinConfig(item_id="3", place=1), PinConfig(item_id="4", place=2))))
     assert [i for i, _ in page(made, [0, 1, 2, 3, 4], k=3, wish=Wishes(pins=((2, 1),)))] == [2, 4, 0]
