@@ -108,7 +108,10 @@ class Holding:
         events: list[tuple[Entry, NewEvent, int]] = []
         for i, entry in enumerate(entries):
             try:
-                events.append((entry, checked(entry.record, entry.told_ms, future_s), n + i))
+                event = checked(entry.record, entry.told_ms, future_s)
+                if event.value is not None and (why := self.config.data.interactions.out_of_range(event.value)) is not None:
+                    raise ValueError(f"'value' is {event.value:g}, which {why}.")
+                events.append((entry, event, n + i))
             except ValueError as fault:
                 out.bury(entry, str(fault))
         if self.repeats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,9 +35,17 @@ def events_in(raw: bytes) -> Any:
             raise RequestError("malformed_json", f"The body is not valid JSON: {error}.", status=400) from None
 
 
-def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0, known: Sequence[str] | None = None) -> NewEvent:
-    """One event of a parsed body of `sent` bytes, of a type that is `known` (None: any). Raises RequestError with the reason for its
-    rejection."""
+def event_of(
+    raw: Any,
+    limits: LimitsConfig,
+    now_s: float,
+    *,
+    sent: int = 0,
+    known: Sequence[str] | None = None,
+    out_of_range: Callable[[float], str | None] | None = None,
+) -> NewEvent:
+    """One event of a parsed body of `sent` bytes, of a type that is `known` (None: any), whose value is not `out_of_range` (which says
+    why, as the end of a sentence). Raises RequestError with the reason for its rejection."""
     check_text(raw)
     check_size(raw, sent, limits)
     try:
@@ -52,6 +60,8 @@ def event_of(raw: Any, limits: LimitsConfig, now_s: float, *, sent: int = 0, kno
         raise RequestError("unknown_event", text if text.endswith("?") else f"{text}.", field="event")
     if body.value is not None and not math.isfinite(body.value):
         raise RequestError("invalid_value", f"'value' must be a finite number, got {body.value}.", field="value")
+    if body.value is not None and out_of_range is not None and (why := out_of_range(body.value)) is not None:
+        raise RequestError("value_out_of_range", f"'value' is {body.value:g}, which {why}.", field="value")
     time_ms = _time_ms(body.time, now_s, limits.future_s)
     identity = body.event_id or event_identity(body.user_id, body.item_id, body.event, time_ms)
     return NewEvent(body.user_id, body.item_id, body.event, time_ms, body.value, identity, body.request_id, body.context)

@@ -148,6 +148,7 @@ class Gateway:
             follower=follower,
             append_batch=config.store.append_batch,
             events=config.data.event_names,
+            out_of_range=config.data.interactions.out_of_range,
             ingest_status=self._ingest_status.read,
             counters_state=counters.state if counters is not None else None,
         )

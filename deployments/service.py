@@ -80,6 +80,7 @@ class Service:
         follower: ItemsFollower | None = None,
         append_batch: int = 2_000,
         events: Sequence[str] | None = None,
+        out_of_range: Callable[[float], str | None] | None = None,
         ingest_status: Callable[[], Awaitable[dict[str, Any]]] | None = None,
         counters_state: Callable[[], dict[str, Any]] | None = None,
         stage_states: Callable[[], Awaitable[dict[str, Any]]] | None = None,
@@ -89,7 +90,7 @@ class Service:
         self.catalogue = CatalogueWrites(rollout, store, items, config.limits)
         self.rules = RulesDesk(rollout, items, follower, config.limits)
         self.lookups = Lookups(rollout, store, config.limits)
-        self._follower, self._event_names = follower, events
+        self._follower, self._event_names, self._out_of_range = follower, events, out_of_range
         self._appender = Appender(store, most=append_batch)
         self._ingest_status, self._counters_state, self._stage_states = ingest_status, counters_state, stage_states
         self._impressions = impressions
@@ -323,7 +324,8 @@ class Service:
         now_s = unix_now()
         for index, row in enumerate(rows):
             try:
-                events.append(event_of(row, self.config.limits, now_s, sent=len(raw), known=self._event_names))
+                event = event_of(row, self.config.limits, now_s, sent=len(raw), known=self._event_names, out_of_range=self._out_of_range)
+                events.append(event)
             except RequestError as error:
                 if not isinstance(body, list):
                     raise

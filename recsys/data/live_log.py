@@ -26,6 +26,8 @@ from recsys.errors import DataError
 
 TYPE = "type of a live event"
 """The column of `as_rows` that holds event types, where the log's files name none."""
+VALUE = "value of a live event"
+"""Likewise its values, where the log's files have none."""
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -80,7 +82,11 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
     cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
     if config.impressions:  # a click is told of by itself here; in the files it is the label of what was shown
         cast[SHOWN] = pc.equal(events["event"], IMPRESSION)
-    return pa.table(cast if columns.event.column is not None else {**cast, TYPE: events["event"]})
+    if columns.event.column is None:
+        cast[TYPE] = events["event"]
+    if columns.value is None:
+        cast[VALUE] = events["value"]
+    return pa.table(cast)
 
 
 def arrivals(log: Interactions, events: pa.Table) -> tuple[np.ndarray, np.ndarray]:

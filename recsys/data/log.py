@@ -54,6 +54,8 @@ def read_log(config: DataConfig, resolve: Resolver, keep: Sequence[str], account
         table = pa.concat_tables([table, told], promote_options="permissive")
         if live_log.TYPE in table.column_names:  # rows of files have none, and are of the default
             columns = columns._replace(event=columns.event.model_copy(update={"column": live_log.TYPE}))
+        if live_log.VALUE in table.column_names:
+            columns = columns._replace(value=live_log.VALUE)
         lengths, part = [*lengths, len(told)], [*part, 0]
     malformed = sum(raw.malformed for raw, _ in raws)
     account.read, account.dropped = len(table) + malformed, dict.fromkeys(cleaning.REASONS, 0)

@@ -19,6 +19,8 @@ Format = Literal["auto", "csv", "parquet", "recbole", "movielens", "kuairand"]
 TimeUnit = Literal["s", "ms", "us", "ns", "iso"]
 Scalar = str | int | float | bool
 
+LARGEST_VALUE = 3.4028234663852886e38
+"""Values are kept as float32."""
 IMPRESSION = "impression"
 """The event that is an exposure and never a positive."""
 AGAINST = ("dislike", "hide", "not_interested")
@@ -118,9 +120,9 @@ class InteractionsConfig(FileConfig):
     value: str | None = None
     """Column of a number that goes with the event, such as a rating or a price (recbole, movielens: rating)."""
     min_value: float | None = None
-    """Rows with a smaller value are dropped, and counted."""
+    """Rows with a smaller value are dropped, and counted; live events are refused."""
     max_value: float | None = None
-    """Rows with a larger value are dropped, and counted."""
+    """Rows with a larger value are dropped, and counted; live events are refused."""
     session: str | None = None
     """Column of the visit (default: derived, a visit ends with `session_gap_min` minutes of silence)."""
     session_gap_min: PositiveFloat = 30.0
@@ -151,6 +153,14 @@ class InteractionsConfig(FileConfig):
     def in_parts(self) -> bool:
         """Whether the log comes cut into train, valid and test files."""
         return self.train is not None
+
+    def out_of_range(self, value: float) -> str | None:
+        """Why a row with this value is dropped, as the end of a sentence; None where it is not. Live events go by the same rule."""
+        if self.min_value is not None and value < self.min_value:
+            return f"lies below {self.min_value:g} (data.interactions.min_value)"
+        if self.max_value is not None and value > self.max_value:
+            return f"lies above {self.max_value:g} (data.interactions.max_value)"
+        return "is beyond what a value may be, 3.4e38" if abs(value) > LARGEST_VALUE else None
 
     def columns(self, form: str) -> LogColumns:
         """The columns in force for files of this format."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from recsys.data.sources import IMPRESSION, DataConfig, LabelConfig, is_positive
 from recsys.features.declaration import HistoryConfig
 from recsys.features.groups import Row
@@ -27,7 +29,7 @@ def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, 
     uncounted = IMPRESSION if data.leaves_out_impressions else None
 
     def read(event: NewEvent, position: int) -> Row:
-        value = math.nan if event.value is None else event.value
+        value = math.nan if event.value is None else float(np.float32(event.value))  # as files are read
         positive = is_positive(event.event, refusals)
         if positive and rule is not None and not math.isnan(value):
             positive = passes(rule, value)

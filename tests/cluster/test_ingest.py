@@ -151,6 +151,7 @@ def test_what_cannot_be_read_is_a_dead_letter_with_its_reason_and_stops_nobody(u
         orjson.dumps([1, "u1", "i", "click", "now", None, "e", None, {}]): "'time_ms' is 'now'",
         orjson.dumps([1, "u1", "i", "click", 5, "3", "e", None, {}]): "'value' is '3'",
         orjson.dumps([1, "u1", "i", "click", 5, None, "e", None, [1]]): "'context' is [1]",
+        orjson.dumps([1, "u1", "i", "click", 5, 1e39, "e", None, {}]): "'value' is 1e+39, which is beyond what a value may be, 3.4e38.",
         b"": "This is no record of an event",
         to_record(future): "ahead of the clock that logged it",
     }

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from deployments.event_bodies import event_of, events_in
+from recsys.data.sources import InteractionsConfig
 from recsys.errors import RequestError
 from recsys.serve_config import LimitsConfig
 
@@ -31,6 +32,36 @@ def test_an_event_with_bytes_that_are_no_text_is_rejected_singly(bad, field):
     assert (raised.value.code, raised.value.field) == ("bad_utf8", field)
     assert "holds bytes that are no UTF-8. Send text as UTF-8." in str(raised.value)
     assert event_of(second, LIMITS, time.time()).user_id == "用"
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (0.5, "which lies below 1 (data.interactions.min_value)."),
+        (5.5, "which lies above 5 (data.interactions.max_value)."),
+        (5, None),
+        (1, None),
+    ],
+)
+def test_a_value_that_files_of_the_log_may_not_hold_is_refused_by_the_same_rule(value, why):
+    log = InteractionsConfig(path="log.csv", min_value=1, max_value=5)
+    raw = {"user_id": "u", "item_id": "i", "event": "rating", "value": value}
+    if why is None:
+        assert event_of(raw, LIMITS, time.time(), out_of_range=log.out_of_range).value == value
+        return
+    with pytest.raises(RequestError) as raised:
+        event_of(raw, LIMITS, time.time(), out_of_range=log.out_of_range)
+    assert (raised.value.code, str(raised.value)) == ("value_out_of_range", f"'value' is {value:g}, {why}")
+
+
+def test_a_value_that_no_float32_holds_is_refused():
+    with pytest.raises(RequestError, match=r"'value' is 1e\+39, which is beyond what a value may be, 3\.4e38\."):
+        event_of(
+            {"user_id": "u", "item_id": "i", "event": "rating", "value": 1e39},
+            LIMITS,
+            time.time(),
+            out_of_range=InteractionsConfig(path="log.csv").out_of_range,
+        )
 
 
 @pytest.mark.parametrize("body", [b"", b"[", b'{"a": \xff}', b"\xff", b"[" * 100_000])

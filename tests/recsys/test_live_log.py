@@ -177,6 +177,19 @@ def test_the_impressions_of_a_log_that_names_its_events_are_counted_in_both_road
     assert (len(log), row.counted, row.labels["positive"], float(log.labels["positive"][1])) == (2, True, 0, 0)
 
 
+@pytest.mark.parametrize("column", [None, "stars"])
+def test_the_value_of_a_live_event_is_the_same_float32_in_both_roads(tmp_path, column):
+    """Also where the files of the log have no values at all."""
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,stars\nu,a,1,0.1\n")
+    interactions = {"path": "log.csv", "time": "ts", "value": column}
+    log = loaded(tmp_path, interactions, [Told("u", "b", 2, "rating", 0.1), Told("u", "c", 3, "rating", None)]).interactions
+    read = row_reader(DataConfig.model_validate({"interactions": interactions}), HistoryConfig())
+    served = [read(NewEvent("u", "b", "rating", 2000, value, "x"), 0).value for value in (0.1, None)]
+    tenth = 0.10000000149011612
+    np.testing.assert_array_equal(served, [tenth, np.nan])
+    np.testing.assert_array_equal(log.value.astype(float), [tenth if column else np.nan, tenth, np.nan])
+
+
 def test_an_impression_in_a_log_of_none_is_counted_nowhere():
     plan = compiled({"n": AggregateConfig(kind="count", key=("item",))}, priors={}, lateness_s=0, offset_s=0, gap_s=1)
     stream = Stream(plan, Vocabulary([]), Vocabulary([]), KeyColumns())
