@@ -396,24 +396,30 @@ def encoded(parts: Parts, fresh: Sequence[tuple[int, ItemRecord]]) -> dict[str, 
     frame: dict[str, list[Any]] = {"item_id": [r.item_id for _, r in fresh]}
     frame |= {name: [(r.columns or {}).get(name) for _, r in fresh] for name in space.encoders["item"]}
     out = space.encode("item", frame)
+    reads_of = {name: [name] for name in out}
     if parts.live is not None:
         for name in (set(parts.item_columns) - set(out)) & set(parts.live.inputs.plan.crosses):
-            out[name] = _crossed(parts.live, space, name, [r.columns or {} for _, r in fresh])
+            out[name] = _crossed(parts.live, space, name, fresh, n)
+            reads_of[name] = list(parts.live.inputs.plan.crosses[name].parts)
     for slot, (row, record) in enumerate(fresh):
         if row < n and not record.anew:
-            for name in out:
-                if name not in (record.columns or {}):
+            for name, reads in reads_of.items():
+                if not set(reads) & set(record.columns or {}):
                     out[name][slot] = parts.item_columns[name][row]
     return out
 
 
-def _crossed(live: Live, space: FeatureSpace, name: str, given: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The concat of item columns `name`, as `AggregateInputs.item_columns` makes it."""
+def _crossed(live: Live, space: FeatureSpace, name: str, fresh: Sequence[tuple[int, ItemRecord]], n: int) -> np.ndarray:
+    """The concat of item columns `name`, as `AggregateInputs.item_columns` makes it; `n` rows are the bundle's."""
+
+    def text(part: str, row: int, record: ItemRecord) -> str:
+        given = record.columns or {}
+        if part in given or record.anew or row >= n:
+            return " ".join(text_of(space.columns["item"][part], [given.get(part)])[0])
+        return " ".join(live.inputs.columns.texts["item"][part].at(row))
+
     parts = live.inputs.plan.crosses[name].parts
-    columns = [space.columns["item"][p] for p in parts]
-    return live.inputs.joined(
-        name, [[" ".join(text_of(c, [values.get(p)])[0]) for p, c in zip(parts, columns, strict=True)] for values in given]
-    )
+    return live.inputs.joined(name, [[text(part, row, record) for part in parts] for row, record in fresh])
 
 
 def _values(parts: Parts, fresh: Sequence[tuple[int, ItemRecord]]) -> Catalogue:

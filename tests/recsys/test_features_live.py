@@ -59,6 +59,22 @@ def test_a_bundle_goes_on_from_the_states_of_its_training_log(served):
     assert packing.differences(loaded, bundle) == []
 
 
+def test_columns_of_an_item_that_are_joined_follow_a_change_of_one_of_them(tmp_path):
+    """i2 is red and cheap, i1 blue and cheap: told that i2 is blue, it has i1's joined value; told of its price alone, its own."""
+    settings = ['features.aggregates.look={"kind": "concat", "parts": ["colour", "size"], "buckets": 1000}']
+    settings.append('data.items.columns.size={"kind": "bins", "column": "price", "edges": [20]}')
+    _, _, bundle = bundled(tmp_path, *settings)
+    loaded = Funnel.load(bundle)
+    red, blue = (loaded.item_columns["look"][loaded.items.row(i)] for i in ("i2", "i1"))
+    assert red != blue
+    for change, look in (({"colour": "blue"}, blue), ({"price": 4}, red), ({"colour": None}, None)):
+        log, told = MemoryItemLog(), Funnel.load(bundle)
+        log.change([ItemChange("i2", change)])
+        told.follow(log.since(0).records)
+        got = told.delta.columns["look"][told.delta.at[told.items.row("i2")] - len(told.items)]
+        assert got == look if look is not None else got not in {red, blue}
+
+
 def test_a_live_item_is_counted_as_one_of_the_bundle_is(served):
     """`new` and `cold` had three clicks each since the training, and reach a ranker as one partition's snapshot."""
     _, _, bundle = served
