@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.registry_url import open_registry
-from cluster.retrain import taken_by
 from cluster.steps import fetch
+from cluster.taken import NOTHING, taken_in
 from recsys import impressions
 from recsys.config import Config
 from recsys.core import canonical_id
@@ -70,7 +70,9 @@ def recomputed(config: Config, console: Console, *, folder: str | None, events: 
         except BundleError:
             console.print(f"{version} is not in the registry any more; its pages are left out")
             continue
-        compared(shown, Funnel.load(bundle, stages=("fine_rank",)), came, report, trained=taken_by(registry, version))
+        taken = taken_in(bundle) or NOTHING  # of a file's positions none is the log's, and the other way round
+        trained = taken.positions if taken.own == (events is None) else {}
+        compared(shown, Funnel.load(bundle, stages=("fine_rank",)), came, report, trained=trained)
     table = Table("feature", "compared", "mismatches", "largest", "for example", header_style="bold")
     for name, found in sorted(report.features.items(), key=lambda e: -e[1].mismatches):
         table.add_row(name, f"{found.compared:,}", f"{found.mismatches:,}", f"{found.largest:.2g}", found.example)

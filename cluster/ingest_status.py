@@ -48,7 +48,6 @@ async def status(config: Config, redis: Redis, log: EventLog) -> list[PartitionS
     for head in heads:
         p, manifest, end = head.partition, written.get(head.partition), ends[head.partition]
         first = oldest.get(p) or []
-        counted, reached = min(((h.counted.get(p, 0), h.reached.get(p, "")) for h in heads), default=(0, ""))
         out.append(
             PartitionStatus(
                 p,
@@ -57,7 +56,7 @@ async def status(config: Config, redis: Redis, log: EventLog) -> list[PartitionS
                 end.total,
                 end.behind(head.at, head.n),
                 max(0.0, (now_ms - first[0].told_ms) / 1000) if first else 0.0,
-                end.behind(reached, counted),
+                max((end.behind(h.reached.get(p, ""), h.counted.get(p, 0)) for h in heads), default=0),
                 head.dead,
                 end.behind(manifest.at, manifest.n) if manifest else end.behind("", 0),
                 sum(f.rows for f in manifest.files) if manifest else 0,

@@ -99,17 +99,16 @@ class Continued(Recipe):
     def cut(self) -> Cut:
         """The window is what is new in train; base is all that the old version may have known."""
         log, split = self.prepared.log, self.prepared.split
-        taught = lessons(
-            log, split.parts * 2 + self.fresh, exposed=self.config.examples.exposed, window_s=3600 * self.config.retrain.click_window_h
-        )
+        exposed, window_s = self.config.examples.exposed, 3600 * self.config.retrain.click_window_h
+        learn = log.positive | (log.impressions and exposed)
         base_mask = split.train & ~self.fresh
         return Cut(
             base=np.flatnonzero(base_mask & log.positive),
-            window=np.flatnonzero(split.train & self.fresh & taught.rows),
-            valid=np.flatnonzero(split.valid & taught.rows),
+            window=np.flatnonzero(split.train & self.fresh & learn),
+            valid=np.flatnonzero(split.valid & learn),
             base_mask=base_mask,
             judged_mask=split.train | split.valid,
-            taken=taught.taken,
+            lessons=lessons(log, split.parts * 2 + self.fresh, exposed=exposed, window_s=window_s),
         )
 
     @cached_property

@@ -3,7 +3,8 @@
     <workdir>/impressions/1700000000123-1a2b3c4d-000001.parquet     rows of one gateway replica, whole or not there
 
 One row a page. `joined` makes labelled examples of them: an item of a page is a positive where a later event of that user names
-the page's request and the item. A request counts once, however often its page or its clicks were written.
+the page's request and the item. A page (request, user, instant) and a click count once, however often they were written; a request
+that was answered twice is two pages, and its clicks are the later one's.
 """
 
 from __future__ import annotations

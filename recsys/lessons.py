@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys.data.interactions import SHOWN, Interactions
+from recsys.impressions import EARLY_S
 
 
 class Lessons(NamedTuple):
@@ -26,7 +27,7 @@ def lessons(log: Interactions, parts: np.ndarray, *, exposed: bool, window_s: fl
     itself, for in the exposure's part nobody could know it. `exposed`: whether what was shown and passed over is one.
 
     An answer is a positive row that is no exposure; it belongs to the newest exposure of its item to its user, at most `window_s`
-    before it.
+    before it; where there is none, to the next one, if that is told of within `impressions.EARLY_S`: clocks differ.
     """
     if not (log.impressions and exposed):
         return Lessons(log.positive, log.positive)
@@ -38,9 +39,14 @@ def lessons(log: Interactions, parts: np.ndarray, *, exposed: bool, window_s: fl
     place = pair.astype(np.int64) * (len(log) + 1) + np.arange(len(log))  # by pair, then in log order
     exposures, answers = np.flatnonzero(shown), np.flatnonzero(~shown & log.positive)
     exposures = exposures[np.argsort(place[exposures])]
-    before = np.searchsorted(place[exposures], place[answers]) - 1
-    answers, before = answers[before >= 0], exposures[before[before >= 0]]
-    one = (pair[before] == pair[answers]) & (parts[before] == parts[answers]) & (log.time[answers] - log.time[before] <= window_s)
-    rows[answers[one]] = False
-    taken[before[one]] = True
+    behind = np.searchsorted(place[exposures], place[answers])
+    open_ = np.ones(len(answers), bool)
+    for at, least_s, most_s in ((behind - 1, 0.0, window_s), (behind, -EARLY_S, 0.0)):
+        some = np.flatnonzero(open_ & (at >= 0) & (at < len(exposures)))
+        shown_at, answer = exposures[at[some]], answers[some]
+        later_s = log.time[answer] - log.time[shown_at]
+        one = (pair[shown_at] == pair[answer]) & (parts[shown_at] == parts[answer]) & (least_s <= later_s) & (later_s <= most_s)
+        rows[answer[one]] = False
+        taken[shown_at[one]] = True
+        open_[some[one]] = False
     return Lessons(rows, taken)

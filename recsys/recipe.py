@@ -36,7 +36,7 @@ from recsys.features.refusals import Refusals
 from recsys.features.schema import Field
 from recsys.funnel import Funnel
 from recsys.held_out import HeldOut, after_training, before_first
-from recsys.lessons import lessons
+from recsys.lessons import Lessons, lessons
 from recsys.models.two_tower import TwoTower
 from recsys.moments import Moments
 from recsys.prepared import Prepared
@@ -74,8 +74,8 @@ class Cut:
     base_mask: np.ndarray
     judged_mask: np.ndarray
     """What the judged funnel learns from: by time all that is known when the test begins, else train."""
-    taken: np.ndarray
-    """(E,) bool: rows of window and valid whose item was taken."""
+    lessons: Lessons
+    """Which rows of window and valid are moments of the ranker, and which of these were taken."""
 
 
 def cut(prepared: Prepared, config: Config) -> Cut:
@@ -92,14 +92,14 @@ def cut(prepared: Prepared, config: Config) -> Cut:
         in_window = np.zeros(len(log_), bool)
         in_window[train[int(len(train) * (1 - config.examples.window_share)) :]] = True
     base_mask = split.train & ~in_window
-    taught = lessons(log_, split.parts * 2 + in_window, exposed=config.examples.exposed, window_s=3600 * config.retrain.click_window_h)
+    learn = log_.positive | (log_.impressions and config.examples.exposed)
     return Cut(
         base=np.flatnonzero(base_mask & log_.positive),
-        window=np.flatnonzero(in_window & taught.rows),
-        valid=np.flatnonzero(split.valid & taught.rows),
+        window=np.flatnonzero(in_window & learn),
+        valid=np.flatnonzero(split.valid & learn),
         base_mask=base_mask,
         judged_mask=split.train | split.valid if split.by == "time" else split.train,
-        taken=taught.taken,
+        lessons=lessons(log_, split.parts * 2 + in_window, exposed=config.examples.exposed, window_s=3600 * config.retrain.click_window_h),
     )
 
 
@@ -207,8 +207,9 @@ class Recipe:
         training, folder = self.config.fine_rank.training, self.folder / "examples" / "fine_rank"
         if not examples.are_written(folder):
             funnel = self.funnel(self.cut.base_mask, self.base_tower, None)
-            window = _thinned(self.cut.window, self.config.examples.max_moments, self.config.seed)
-            held = self._sample(self.cut.valid)
+            taught = self.cut.lessons
+            window, valid = (rows[taught.rows[rows]] for rows in (self.cut.window, self.cut.valid))
+            window, held = _thinned(window, self.config.examples.max_moments, self.config.seed), self._sample(valid)
             with self.bar("examples of fine_rank", len(window) + len(held)) as tell:
                 train, valid = (
                     examples.ranker_examples(
@@ -216,7 +217,7 @@ class Recipe:
                         self.moments,
                         at,
                         self.config.examples,
-                        taken=self.cut.taken,
+                        taken=taught.taken,
                         seed=self.config.seed + i,
                         dice=dice,
                         progress=tell,

@@ -29,7 +29,7 @@ def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, 
     uncounted = IMPRESSION if data.leaves_out_impressions else None
 
     def read(event: NewEvent, position: int) -> Row:
-        value = math.nan if event.value is None else float(np.float32(event.value))  # as files are read
+        value = math.nan if event.value is None else event.value
         positive = is_positive(event.event, refusals)
         if positive and rule is not None and not math.isnan(value):
             positive = passes(rule, value)
@@ -42,7 +42,7 @@ def row_reader(data: DataConfig, history: HistoryConfig) -> Callable[[NewEvent, 
             user_id=event.user_id,
             item_id=event.item_id,
             event=event.event,
-            value=value,
+            value=float(np.float32(value)),  # as the log's are kept; labels ask the value as it came, as of files
             labels=labels,
             context=event.context or {},
             shown=event.event == IMPRESSION or not impressions,

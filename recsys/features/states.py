@@ -8,6 +8,7 @@ come from that user's packed states, which ride with the query; without them, fr
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 from collections.abc import Collection, Iterable
@@ -32,6 +33,7 @@ from recsys.features.schema import FeatureSpace
 from recsys.features.stream import States, Stream
 from recsys.features.tally import Ends, Tally
 
+log = logging.getLogger(__name__)
 LATEST = 1 << 62
 MOST_LATER = 1 << 16
 """Items beyond the bundle's whose counters one bundle tells apart; those that states bring after them count as nothing."""
@@ -135,6 +137,8 @@ class Coder:
             with self._numbering:
                 if len(self._later) < MOST_LATER:
                     self._later.setdefault(item_id, len(self.items) + len(self._later))
+                    if len(self._later) == MOST_LATER:
+                        log.warning("counters: %d items that the bundle does not have; of more there are none until a retrain", MOST_LATER)
         return self._later.get(item_id, UNKNOWN)
 
     def text(self, part: str, text: str, *, new: bool = False) -> int:

@@ -140,6 +140,24 @@ def test_logged_pages_are_lessons_of_the_ranker_beside_the_events(at):
     assert 0 < taken <= pages
 
 
+def test_a_log_of_impressions_is_retrained_on_impressions_and_clicks_that_come_one_by_one(tmp_path):
+    """Every click has its exposure before it: the ranker learns at the exposures, the tower and the weights from the clicks."""
+    write_data(tmp_path)
+    settings = ("data.impressions=true", "recall.exclude_seen=false")
+    config = config_of(tmp_path, TOLERANT, *settings)
+    publish(config, registry(config))
+    events = []
+    for n, one in enumerate(new_events()):
+        events.append(one._replace(event="impression"))
+        if n % 2 == 0:
+            events.append(one._replace(time_s=one.time_s + 5))
+    archive(Path(config.place("events")), events)
+    done = retrain(config, console())
+    assert done.warm
+    assert done.new_events == 360
+    assert registry(config).aliases()["production"] == done.version
+
+
 def test_a_version_that_is_worse_is_refused_and_the_serving_one_stays(at):
     config = config_of(at, "retrain.gate.at_least=100")
     serving = registry(config).resolve("production")

@@ -47,6 +47,14 @@ def test_the_window_ends_where_it_says():
     assert day.taken[7]
 
 
+@pytest.mark.parametrize(("early_s", "one"), [(0.001, True), (300.0, True), (301.0, False)])
+def test_an_answer_whose_clock_is_slow_answers_the_exposure_that_follows(early_s, one):
+    log = told((0, 0, 1.0 - early_s / HOUR, 1, 0), (0, 0, 1.0, 0, 1), (1, 0, 1.1, 0, 1))
+    got = lessons(log, np.ones(3, int), exposed=True, window_s=HOUR)
+    assert got.rows.tolist() == [not one, True, True]
+    assert got.taken.tolist() == [True, one, False]
+
+
 def test_an_answer_in_another_part_of_the_split_teaches_by_itself():
     parts = np.where(np.arange(len(LOG)) < 5, 1, 2)
     got = lessons(LOG, parts, exposed=True, window_s=24 * HOUR)

@@ -190,6 +190,18 @@ def test_the_value_of_a_live_event_is_the_same_float32_in_both_roads(tmp_path, c
     np.testing.assert_array_equal(log.value.astype(float), [tenth if column else np.nan, tenth, np.nan])
 
 
+@pytest.mark.parametrize(("rule", "values"), [({"at_least": 0.7}, (0.7, 0.69)), ({"equals": 0.1}, (0.1, 0.2))])
+def test_a_label_asks_the_value_of_a_live_event_as_it_came_in_both_roads(tmp_path, rule, values):
+    """0.7 and 0.1 have no float32 of their own: rounded, they would pass no test."""
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,stars\nu,a,1,5\n")
+    interactions, labels = {"path": "log.csv", "time": "ts", "value": "stars"}, {"good": {"column": "stars", **rule}}
+    told = [Told("u", str(n), 2 + n, "rating", value) for n, value in enumerate(values)]
+    log = loaded(tmp_path, interactions, told, labels=labels).interactions
+    read = row_reader(DataConfig.model_validate({"interactions": interactions, "labels": labels}), HistoryConfig())
+    served = [read(NewEvent("u", "b", "rating", 2000, value, "x"), 0).labels["good"] for value in values]
+    assert served == log.labels["good"].tolist()[1:] == [1, 0]
+
+
 def test_an_impression_in_a_log_of_none_is_counted_nowhere():
     plan = compiled({"n": AggregateConfig(kind="count", key=("item",))}, priors={}, lateness_s=0, offset_s=0, gap_s=1)
     stream = Stream(plan, Vocabulary([]), Vocabulary([]), KeyColumns())

@@ -89,14 +89,17 @@ def test_an_exposure_that_was_clicked_later_is_a_positive_at_its_own_instant_and
     )
     steps = recipe_of(config_of(tmp_path, *settings, "examples.window_share=0.3"))
     log, found = steps.prepared.log, steps.cut
-    live = found.window[log.time[found.window] >= 1_700_100_000]
+    window = found.window[found.lessons.rows[found.window]]
+    live = window[log.time[window] >= 1_700_100_000]
     assert len(live) > 100
     assert {log.event_names[e] for e in log.event[live]} == {"impression"}, "every click answers one of the exposures"
-    clicked = live[found.taken[live]]
+    clicked = live[found.lessons.taken[live]]
     assert 0.3 < len(clicked) / len(live) < 0.37, "every third"
     assert not log.positive[clicked].any()
+    assert log.positive[found.window].sum() > len(clicked), "the tower and the merge learn from the clicks themselves"
+    assert log.positive[found.valid].sum() > 10
     funnel = steps.funnel(found.base_mask, steps.base_tower, None)
-    columns = examples.ranker_examples(funnel, steps.moments, live, steps.config.examples, taken=found.taken, seed=1)
+    columns = examples.ranker_examples(funnel, steps.moments, live, steps.config.examples, taken=found.lessons.taken, seed=1)
     positives = columns["label"] == 1
     assert positives.sum() > len(clicked) / 2, "those that recall finds"
     assert np.isin(live[columns["moment"][positives]], clicked).all()
