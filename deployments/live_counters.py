@@ -3,7 +3,7 @@ every loaded version.
 
 A request never reads a counter: it takes the snapshot that its version holds, whole, whose age is reported (`state`). Where
 none was ever published, or the store is away, the bundle's own stands. Partitions are published one after another: until all
-show one instant the snapshot of before stands, unless one of them stays behind.
+show one instant the snapshot of before stands, unless one of them stays behind or is never published.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class CountersFollower:
         at = sorted(part.at for part in reader.parts.values())
         if not at:
             return
-        if at[0] == at[-1]:
+        if at[0] == at[-1] and len(at) == self._config.store.partitions:
             self._apart = 0.0
         else:
             self._apart = self._apart or time.monotonic()

@@ -105,7 +105,8 @@ def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Cod
         return fallback
     cuts = {(part.at, part.counted) for part in parts.values()}
     at, counted = min(cuts)
-    return ItemSnapshot(at, groups, counted if len(cuts) == 1 else ())
+    whole = len(cuts) == 1 and len(parts) == len(counted)  # items at home in a partition without a part have nothing here
+    return ItemSnapshot(at, groups, counted if whole else ())
 
 
 def decayed_counts(parts: Mapping[int, Part], group: Group, items: Vocabulary) -> tuple[np.ndarray, float]:

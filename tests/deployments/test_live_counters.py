@@ -26,7 +26,7 @@ def follower(asked: list[int]) -> CountersFollower:
         asked.append(1)
         return []
 
-    return CountersFollower(SimpleNamespace(ingest=IngestConfig()), "redis://nowhere", funnels)
+    return CountersFollower(SimpleNamespace(ingest=IngestConfig(), store=SimpleNamespace(partitions=2)), "redis://nowhere", funnels)
 
 
 def reader(*at: float):
@@ -39,6 +39,8 @@ def test_partitions_of_different_instants_wait_for_each_other(clock):
     made.apply(reader())
     made.apply(reader(10.0, 5.0))
     assert asked == [], "one shows 10, the other 5"
+    made.apply(reader(10.0))
+    assert asked == [], "the other was not published yet: its items would have no counters at all"
     made.apply(reader(10.0, 10.0))
     assert len(asked) == 1
 
@@ -54,6 +56,15 @@ def test_a_partition_that_stays_behind_is_waited_for_a_while_and_no_longer(clock
     made.apply(reader(35.0, 35.0))
     made.apply(reader(40.0, 35.0))
     assert len(asked) == 3, "from the next time on they wait for each other again"
+
+
+def test_a_partition_that_is_never_published_is_waited_for_no_longer_either(clock):
+    asked: list[int] = []
+    made = follower(asked)
+    made.apply(reader(10.0))
+    clock.now += BEHIND * IngestConfig().snapshot_every_s + 0.1
+    made.apply(reader(25.0))
+    assert len(asked) == 1
 
 
 def test_whatever_a_snapshot_brings_the_thread_goes_on_and_says_so_with_a_traceback(monkeypatch, caplog):
