@@ -81,5 +81,7 @@ def recomputed(config: Config, console: Console, *, folder: str | None, events: 
     if missing := len(came_in) - int((came.partition >= 0).sum()):
         console.print(f"{missing:,} of {len(came_in):,} live events are no rows of the log: its cleaning left them out, counters did not")
     if report.mixed:
-        console.print(f"{report.mixed:,} pages were ranked by a snapshot of several instants; their item side is left out")
+        console.print(
+            f"{report.mixed:,} pages were ranked by item counters of several instants, or not of all partitions; their item side is left out"
+        )
     return report

@@ -3,7 +3,7 @@ every loaded version.
 
 A request never reads a counter: it takes the snapshot that its version holds, whole, whose age is reported (`state`). Where
 none was ever published, or the store is away, the bundle's own stands. Partitions are published one after another: until all
-show one instant the snapshot of before stands, unless one of them stays behind or is never published.
+show one instant the snapshot of before stands, unless one of them stays behind or is never published: then its keys keep the bundle's counters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from deployments.resilience import Seldom
 from recsys.config import Config
 from recsys.errors import RayfunnelError, StoreError
 from recsys.features.counting import trending_plan
-from recsys.features.snapshot import decayed_counts, item_snapshot
-from recsys.features.states import ItemSnapshot, StateSource
+from recsys.features.snapshot import Bundled, decayed_counts, item_snapshot
+from recsys.features.states import StateSource
 from recsys.funnel import Funnel
 from recsys.recall.trending import Trending
 
@@ -42,7 +42,7 @@ class CountersFollower:
         self._poll_s = poll_s or min(1.0, config.ingest.snapshot_every_s)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._applied: dict[str, tuple[int, ItemSnapshot | None]] = {}
+        self._applied: dict[str, tuple[int, Bundled | None]] = {}
         self._trending = trending_plan(config.ingest.trending_half_life_h).groups[0]
         self._trends: dict[str, float] = {}
         self._round, self._at, self._apart = 0, 0.0, 0.0
@@ -105,8 +105,9 @@ class CountersFollower:
                 continue
             source, own = funnel.live.source if funnel.live is not None else None, None
             if isinstance(source, StateSource):
-                own = done[1] if done is not None else source.snapshot  # the bundle's, for groups that no part holds
-                source.snapshot = item_snapshot(reader.parts, source.inputs, source.coder, own or source.snapshot)
+                own = done[1] if done is not None else None
+                own = own or Bundled(source.snapshot, source.stream.of_items, source.coder, self._config.store.partitions)
+                source.snapshot = item_snapshot(reader.parts, source.inputs, source.coder, own)
             self._trend(reader, funnel)
             self._applied[funnel.version] = (self._round, own)
         self._at = at[0]

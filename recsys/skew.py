@@ -224,7 +224,8 @@ def _compare(row: dict[str, Any], funnel: Funnel, road: _Road, report: Report) -
     report.pages += 1
     report.mixed += mixed
     items = live.item_rows(row["items"])[None, :]
-    for logged, found in ((row["query_features"], live.query_fields(queries)), (row["item_features"], live.pair_fields(queries, items))):
+    asked = (row["query_features"], live.query_fields(queries), ()), (row["item_features"], live.pair_fields(queries, items), row["items"])
+    for logged, found, of in asked:
         for name, values in logged:
             if mixed and _of_items(road.live.inputs, name):
                 continue
@@ -236,8 +237,19 @@ def _compare(row: dict[str, Any], funnel: Funnel, road: _Road, report: Report) -
             if wrong.any():
                 skew.mismatches += int(wrong.sum())
                 if float(apart.max()) > skew.largest:
-                    told = f"{was[wrong][0]:g}, now {now[wrong][0]:g}" if was.shape == now.shape else f"{len(was)} values, now {len(now)}"
-                    skew.largest, skew.example = float(apart.max()), f"{row['request_id']} ({told})"
+                    skew.largest, skew.example = (
+                        float(apart.max()),
+                        f"{row['request_id']} ({_told(was, now, wrong, of)}; counters of {row['snapshot_s']})",
+                    )
+
+
+def _told(was: np.ndarray, now: np.ndarray, wrong: np.ndarray, items: Sequence[str]) -> str:
+    """The first value that differs: what was logged, what the log gives, and of which of the page's items it is."""
+    if was.shape != now.shape:
+        return f"{len(was)} values, now {len(now)}"
+    at = int(np.argmax(wrong))
+    of = f" of item {items[at * len(items) // len(was)]}" if items else ""
+    return f"{was[at]:g}{of}, now {now[at]:g}"
 
 
 def _of_items(inputs: AggregateInputs, name: str) -> bool:

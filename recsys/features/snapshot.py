@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from recsys.core import Vocabulary
 from recsys.errors import StoreError
+from recsys.features.counting import home
 from recsys.features.groups import Group, GroupState, Plan
 from recsys.features.inputs import AggregateInputs
 from recsys.features.item_table import ItemTable
@@ -85,28 +86,51 @@ def unpacked_snapshot(held: bytes) -> Part:
     return Part(at, counted, tables)
 
 
-def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Coder, fallback: ItemSnapshot) -> ItemSnapshot:
+class Bundled:
+    """What a bundle counts of the item side itself: it stands in for what no partition has published, a group of one of them or all."""
+
+    def __init__(self, snapshot: ItemSnapshot, states: States, coder: Coder, partitions: int) -> None:
+        self.snapshot, self.partitions = snapshot, partitions
+        self._states, self._coder = states, coder
+        self._held: dict[int, tuple[tuple[int, ...], Looked]] = {}
+
+    def at_home(self, number: int, group: Group, absent: tuple[int, ...]) -> Looked:
+        """Of a group, the keys that are at home in some partitions."""
+        whole = self.snapshot.groups[number]
+        if len(absent) == self.partitions:
+            return whole
+        if number not in self._held or self._held[number][0] != absent:
+            mine = [self._coder.of_key(group, key, -1) for n, key in self._states if n == number and home(key, self.partitions) in absent]
+            self._held[number] = absent, whole.only(np.isin(whole.codes, mine))
+        return self._held[number][1]
+
+
+def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Coder, bundled: Bundled) -> ItemSnapshot:
     """One snapshot in a bundle's own rows, as old as its oldest part.
 
-    `fallback` is that of the bundle: a group that no part holds yet keeps its values. Keys of texts that the bundle does not know are left out; items
-    that came after it are kept under rows behind its own (see `states.Coder`).
+    What a partition does not hold, because it or the group was not published yet, keeps the bundle's values; a page of such a snapshot cannot
+    be counted again, nor one of parts that were cut at several places. Keys of texts that the bundle does not know are left out; items that
+    came after it are kept under rows behind its own (see `states.Coder`).
     """
+    if not parts:
+        return bundled.snapshot
     groups: dict[int, Looked] = {}
+    whole = len(parts) == bundled.partitions
     for number, group in enumerate(inputs.plan.groups):
         if "user" in group.key:
             continue
         mark = digest(group)
         tables = {p: part.tables[mark] for p, part in parts.items() if mark in part.tables}
-        if tables:
+        absent = tuple(p for p in range(bundled.partitions) if p not in tables)
+        own = bundled.at_home(number, group, absent) if absent else None
+        if own is None or (tables and not len(own.codes)):
             groups[number] = coded(group, tables, coder)
-        elif number in fallback.groups:
-            groups[number] = fallback.groups[number]
-    if not parts:
-        return fallback
+            continue
+        groups[number] = coded(group, tables, coder).joined(own) if tables else own
+        whole = whole and not len(own.codes)
     cuts = {(part.at, part.counted) for part in parts.values()}
     at, counted = min(cuts)
-    whole = len(cuts) == 1 and len(parts) == len(counted)  # items at home in a partition without a part have nothing here
-    return ItemSnapshot(at, groups, counted if whole else ())
+    return ItemSnapshot(at, groups, counted if whole and len(cuts) == 1 else ())
 
 
 def decayed_counts(parts: Mapping[int, Part], group: Group, items: Vocabulary) -> tuple[np.ndarray, float]:

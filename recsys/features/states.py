@@ -47,6 +47,21 @@ class Looked:
     amounts: tuple[np.ndarray, ...]
     last: tuple[np.ndarray, ...]
 
+    def only(self, mask: np.ndarray) -> Looked:
+        """The keys of a mask (K,)."""
+        return Looked(
+            self.codes[mask], tuple(x[mask] if len(x) else x for x in self.amounts), tuple(x[mask] if len(x) else x for x in self.last)
+        )
+
+    def joined(self, other: Looked) -> Looked:
+        """With another's keys, none of which is in this one."""
+        order = np.argsort(np.concatenate([self.codes, other.codes]), kind="stable")
+
+        def both(one: tuple[np.ndarray, ...], two: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+            return tuple(np.concatenate([x, y])[order] if len(x) or len(y) else x for x, y in zip(one, two, strict=True))
+
+        return Looked(np.concatenate([self.codes, other.codes])[order], both(self.amounts, other.amounts), both(self.last, other.last))
+
     def values(self, group: Group, codes: np.ndarray, at: np.ndarray) -> Raw:
         """Aggregate -> (n,) values, or (n, N) lists, of keys (n, W), -1 where there is none, at instants (n,)."""
         n, W = codes.shape

@@ -182,6 +182,8 @@ def checked(config: Config, console: Console) -> dict[str, Any]:
     """The report of `rayfunnel skew`, as figures."""
     report: Report = impressions_report.recomputed(config, console, folder=None, events=None)
     wrong = {name: s.mismatches for name, s in sorted(report.features.items()) if s.mismatches}
+    for name in wrong:
+        console.print(f"{name}: {report.features[name].example}")
     return {
         "pages": report.pages,
         "without": report.without,

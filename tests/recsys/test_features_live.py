@@ -14,9 +14,11 @@ from recsys.config import load
 from recsys.data.leaks import separation
 from recsys.errors import ConfigError, DataError
 from recsys.features import states
+from recsys.features.counting import home
 from recsys.features.groups import Row
 from recsys.features.live_items import ItemChange, MemoryItemLog
-from recsys.features.snapshot import item_snapshot, packed_snapshot, unpacked_snapshot
+from recsys.features.snapshot import Bundled, Part, item_snapshot, packed_snapshot, unpacked_snapshot
+from recsys.features.states import ItemSnapshot
 from recsys.funnel import Funnel, FunnelRequest
 from recsys.prepared import Prepared, prepare
 from tests.small import YAML, bundled, config_of, write_data
@@ -86,7 +88,8 @@ def test_a_live_item_is_counted_as_one_of_the_bundle_is(served):
     for n, item in enumerate(["cold", "new", "ghost"] * 3):
         stream.apply(Row(at, 10**6 + n, f"u{n}", item, "click", float("nan"), {"positive": 1.0}, {"device": "web"}, told=True))
     part = unpacked_snapshot(packed_snapshot(source.inputs.plan, stream.of_items, at, (9,)))
-    source.snapshot = item_snapshot({0: part}, source.inputs, source.coder, source.snapshot)  # before anybody told of the item
+    own = Bundled(source.snapshot, {}, source.coder, 1)
+    source.snapshot = item_snapshot({0: part}, source.inputs, source.coder, own)  # before anybody told of the item
     loaded.follow(log.since(0).records)
     queries = loaded.queries([FunnelRequest("u0", 3, at, context={"device": "web"})])
     used = loaded.rank(queries, [["cold", "new", "later"]]).used
@@ -95,6 +98,46 @@ def test_a_live_item_is_counted_as_one_of_the_bundle_is(served):
         place = {i: slot for slot, i in enumerate(loaded.items.outside(used.items[0]))}
         np.testing.assert_array_equal(values[place["new"]], values[place["cold"]])
         assert not np.allclose(values[place["new"]], values[place["later"]]), "whom nobody clicked is counted nothing"
+
+
+def test_what_a_partition_has_not_published_keeps_the_bundles_counters(served):
+    """Since the training each item had a click. Of three partitions one has published, then another but not yet every group, then all."""
+    _, _, bundle = served
+    source = Funnel.load(bundle).live.source
+    plan, before, at = source.inputs.plan, source.snapshot, source.snapshot.at
+    states = source.stream.unpack(source.stream.pack(source.stream.of_items))
+    own = Bundled(before, states, source.coder, 3)
+    for n, item in enumerate(source.coder.items.ids.to_pylist()):
+        source.stream.apply(Row(at, 10**6 + n, "u1", item, "click", float("nan"), {"positive": 1.0}, {"device": "web"}, told=True))
+    now = ItemSnapshot.of(source.inputs, source.coder, source.stream.of_items, at)
+
+    def part(p: int, *, without: int | None = None) -> Part:
+        mine = {(g, key): s for (g, key), s in source.stream.of_items.items() if home(key, 3) == p and g != without}
+        return unpacked_snapshot(packed_snapshot(plan, mine, at, (4, 5, 6)))
+
+    def expected(number: int, fresh: set[int]) -> dict[int, list[np.ndarray]]:
+        keys = {source.coder.of_key(plan.groups[number], key, -1): home(key, 3) for g, key in source.stream.of_items if g == number}
+        out = {}
+        for looked, mine in ((now.groups[number], True), (before.groups[number], False)):
+            out |= {c: [x[i] for x in looked.amounts] for i, c in enumerate(looked.codes) if (keys[c] in fresh) is mine}
+        return out
+
+    items = next(n for n, g in enumerate(plan.groups) if g.key == ("item",))
+    homes = {home(key, 3) for g, key in states if g == items}
+    assert homes == {0, 1, 2}, "each partition has an item"
+    for parts, fresh, of_others in (({0: part(0)}, {0}, {0}), ({0: part(0), 1: part(1, without=items), 2: part(2)}, {0, 2}, {0, 1, 2})):
+        got = item_snapshot(parts, source.inputs, source.coder, own)
+        assert got.counted == (), "no one state of the log"
+        for number, looked in got.groups.items():
+            want = expected(number, fresh if number == items else of_others)
+            assert looked.codes.tolist() == sorted(want)
+            for i, code in enumerate(looked.codes):
+                for x, y in zip(looked.amounts, want[code], strict=True):
+                    np.testing.assert_array_equal(x[i], y)
+    whole = item_snapshot({p: part(p) for p in range(3)}, source.inputs, source.coder, own)
+    assert whole.counted == (4, 5, 6)
+    np.testing.assert_array_equal(whole.groups[items].amounts[0], now.groups[items].amounts[0])
+    assert item_snapshot({}, source.inputs, source.coder, own) is before
 
 
 def test_items_beyond_those_that_one_bundle_can_number_count_as_nothing(served, monkeypatch):

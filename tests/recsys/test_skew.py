@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_an_injected_bug_in_one_road_is_named(served, monkeypatch):
     wrong = {name for name, s in report.features.items() if s.mismatches}
     assert "item_device_n" in wrong
     assert wrong <= {"item_n", "item_device_n", "reach"}
-    assert report.features["item_device_n"].example.startswith("r")
+    assert re.match(r"r\d+ \(\S+ of item \w+, now \S+; counters of [\d.]+\)$", report.features["item_device_n"].example)
 
 
 def test_a_feature_scaled_otherwise_is_named_and_no_other(served, monkeypatch):
