@@ -284,7 +284,9 @@ class Live:
 
     def _texts(self, of: str, codes: np.ndarray) -> list[str]:
         if of == "item":
-            return self.items.outside(codes)
+            of_states = getattr(self.source, "item_ids", None)
+            found: list[str] = (of_states or self.items.outside)(codes)
+            return found
         side = self.inputs.columns.side_of(of)
         column = self.inputs.columns.texts[side][of] if side else self.source.context_texts(of)  # type: ignore[attr-defined]
         return [column.texts[c] for c in codes]

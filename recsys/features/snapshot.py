@@ -166,7 +166,7 @@ def coded(group: Group, tables: Mapping[int, pa.Table], coder: Coder) -> Looked:
             else:
                 values = table[f"{i}"].to_pylist()
                 for row, at in zip(rows, order, strict=True):
-                    known = [float(coder.text(f.config.reads, v, new=True)) for v in values[at]]
+                    known = [coder.value(f.config.reads, v) for v in values[at]]
                     row[len(row) - len(known) :] = known
             amounts.append(rows)
             last.append(np.empty(0))

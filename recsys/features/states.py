@@ -97,6 +97,7 @@ class Coder:
         self._index = {(side, name): column.index for side, named in columns.texts.items() for name, column in named.items()}
         self._context: dict[str, dict[str, int]] = {}
         self._later: dict[str, int] = {}
+        self._later_ids: list[str] = []
         self._numbering = threading.Lock()  # a new snapshot is coded beside requests
         self._of_keys: dict[tuple[Key, int], tuple[pa.ChunkedArray, np.ndarray]] = {}
 
@@ -150,16 +151,23 @@ class Coder:
             return row
         if new and item_id not in self._later:
             with self._numbering:
-                if len(self._later) < MOST_LATER:
-                    self._later.setdefault(item_id, len(self.items) + len(self._later))
+                if len(self._later) < MOST_LATER and item_id not in self._later:
+                    self._later_ids.append(item_id)  # before others can meet its number
+                    self._later[item_id] = len(self.items) + len(self._later)
                     if len(self._later) == MOST_LATER:
                         log.warning("counters: %d items that the bundle does not have; of more there are none until a retrain", MOST_LATER)
         return self._later.get(item_id, UNKNOWN)
 
+    def item_ids(self, codes: np.ndarray) -> list[str]:
+        """(n,) rows that `item` gave -> their n ids."""
+        n = len(self.items)
+        ours = iter(self.items.outside(codes[codes < n]))
+        return [self._later_ids[code - n] if code >= n else next(ours) for code in codes.tolist()]
+
     def text(self, part: str, text: str, *, new: bool = False) -> int:
         """The code of a text, -1 where it has none; `new` gives a context's text one."""
         if part == "item":
-            return self.items.row(text)
+            return self.item(text, new=new)
         if part in CLOCK_KEYS:
             return int(text)
         side = self.columns.side_of(part)
@@ -167,6 +175,12 @@ class Coder:
             return self._index[side, part].get(text, -1)
         known = self._context.setdefault(part, {})
         return known.setdefault(text, len(known)) if new and text else known.get(text, -1)
+
+    def value(self, of: str, value: Any) -> float:
+        """A list's value as a number: its own, an item's row or a text's code. NaN, as where there is none, for one that the bundle cannot
+        tell, such as the colour that an item had before: -1 would be like the missing colour of a candidate."""
+        code = float(value) if of == "value" else float(self.text(of, str(value), new=True))
+        return math.nan if of != "value" and code < 0 else code
 
     def texts(self, part: str) -> list[str]:
         """The texts of a context column, by code."""
@@ -223,7 +237,7 @@ class ItemSnapshot:
         for number, group in enumerate(inputs.plan.groups):
             if "user" not in group.key:
                 mine = ((coder.of_key(group, key, -1), s) for (g, key), s in states.items() if g == number)
-                out[number] = looked(group, mine, Instant(at, LATEST), lambda of, v: _value_code(coder, of, v))
+                out[number] = looked(group, mine, Instant(at, LATEST), coder.value)
         return cls(at, out)
 
 
@@ -295,11 +309,7 @@ class StateSource:
 
     def _table(self, group: Group, mine: list[tuple[int, GroupState, float]]) -> Looked:
         """Each state at its own query's time."""
-        one = [
-            looked(group, [(c, s)], Instant(at, LATEST), lambda of, v: _value_code(self.coder, of, v))
-            for c, s, at in sorted(mine, key=lambda e: e[0])
-            if c >= 0
-        ]
+        one = [looked(group, [(c, s)], Instant(at, LATEST), self.coder.value) for c, s, at in sorted(mine, key=lambda e: e[0]) if c >= 0]
         if not one:
             return looked(group, [], Instant(0.0, 0), None)
         columns = range(len(group.features))
@@ -319,6 +329,10 @@ class StateSource:
         """See inputs.Live.item_rows."""
         return self.coder.item(item_id)
 
+    def item_ids(self, codes: np.ndarray) -> list[str]:
+        """See inputs.Live: items that came after the bundle have rows here too."""
+        return self.coder.item_ids(codes)
+
     def context_texts(self, of: str) -> Any:
         """The texts of a context column, in the order of their codes."""
         return _Texts(self.coder.texts(of))
@@ -327,10 +341,6 @@ class StateSource:
 @dataclass(frozen=True)
 class _Texts:
     texts: list[str]
-
-
-def _value_code(coder: Coder, of: str, value: Any) -> float:
-    return float(value) if of == "value" else float(coder.text(of, str(value), new=True))
 
 
 # ---- a bundle's states ------------------------------------------------------------------------------------------------

@@ -140,6 +140,35 @@ def test_what_a_partition_has_not_published_keeps_the_bundles_counters(served):
     assert item_snapshot({}, source.inputs, source.coder, own) is before
 
 
+def test_a_users_newest_items_may_be_some_that_came_after_the_bundle(served):
+    """u0 clicked `cold`, then `ghost`, which the bundle does not know: it has the row of unknown items, and nobody's page fails of it."""
+    _, _, bundle = served
+    loaded = Funnel.load(bundle)
+    source, at = loaded.live.source, loaded.live.source.snapshot.at + 10.0
+    for n, item in enumerate(["cold", "ghost"]):
+        source.stream.apply(Row(at, 10**6 + n, "u0", item, "click", labels={"positive": 1.0}, context={"device": "web"}))
+    counters = source.stream.pack(source.stream.of_user["u0"])
+    requests = [FunnelRequest("u0", 3, at + 1.0, counters=counters), FunnelRequest("u7", 3, at + 1.0)]
+    queries, table, unknown = loaded.queries(requests), loaded.live.inputs.tables["item_id"], 1
+    assert loaded.live.query_fields(queries)["newest"][0].tolist() == [table.row("cold"), unknown]
+    assert [len(page) for page in loaded.page(queries, loaded.recommend(queries))] == [3, 3]
+
+
+def test_a_value_that_a_later_version_does_not_know_matches_nothing(served):
+    """u0 took red things only; of the version there are no red ones any more, and the candidate has no colour: that is no likeness."""
+    _, _, bundle = served
+    loaded = Funnel.load(bundle)
+    source = loaded.live.source
+    colours = source.inputs.columns.texts["item"]["colour"]
+    requests = loaded.queries([FunnelRequest("u0", 3, source.snapshot.at + 1.0)])
+    red = np.flatnonzero(colours.codes[:, 0] == colours.index["red"])[:1]
+    colourless = np.array([len(colours.codes)])  # an item behind the bundle's
+    assert source.pair_values(requests, red[None, :])["same_colour"].tolist() == [1.0]
+    del colours.index["red"]
+    requests.memo.clear()
+    assert source.pair_values(requests, colourless[None, :])["same_colour"].tolist() == [0.0]
+
+
 def test_items_beyond_those_that_one_bundle_can_number_count_as_nothing(served, monkeypatch):
     coder = Funnel.load(served[2]).live.source.coder
     n = len(coder.items)
