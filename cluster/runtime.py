@@ -60,7 +60,7 @@ def serving_environment(serve: ServeConfig) -> dict[str, str]:
     if fast:
         folder = _haproxy_folder(serve.port)
         threads = serve.haproxy.threads or (1 if (os.cpu_count() or 1) <= 4 else 4)
-        stats, metrics = _free_ports(serve.haproxy.stats_port, serve.haproxy.metrics_port)
+        stats, metrics, fallback = _free_ports(serve.haproxy.stats_port, serve.haproxy.metrics_port, None)
         env |= {
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
@@ -69,6 +69,9 @@ def serving_environment(serve: ServeConfig) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            # Where HAProxy sends requests while no gateway is up. By default all clusters of a host listen on one port together, and
+            # another service would answer them, and accept their events, as its own.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(threads),
             # A log line a request, parsed in Python: a tenth of what serving costs. The gateway's own metrics tell the same.
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",

@@ -31,6 +31,9 @@ def test_two_services_on_one_host_share_no_port_and_no_file_of_haproxy() -> None
     shared = [name for name in one if "HAPROXY" in name and one[name] == two[name]]
     assert sorted(shared) == ["RAY_SERVE_HAPROXY_METRICS_ENABLED", "RAY_SERVE_HAPROXY_NBTHREAD", "RAY_SERVE_HAPROXY_RETRY_ON"]
     assert one["RAY_SERVE_HAPROXY_STATS_PORT"] != one["RAY_SERVE_HAPROXY_METRICS_PORT"]
+    # Ray's default is one port for all clusters of a host: while a service starts, another would answer in its name.
+    fallback = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+    assert one.get(fallback, "8500") != two.get(fallback, "8500")
     folder = Path(one["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
     try:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
