@@ -29,6 +29,8 @@ MOST_VALUES = 64
 """The widest bag or sequence that a fit chooses by itself."""
 
 _LARGEST = float(np.finfo(np.float32).max)
+_ROUNDING = 1e-12
+"""Share of a value below which two are taken for one: float64 carries 1e-16, and what it sums up somewhat less."""
 _REMEMBERED = 65_536
 _WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
@@ -187,10 +189,9 @@ class Number:
         seen = x[~np.isnan(x)]
         if len(seen):
             if self.scale == "standard":
-                self.centre, self.spread = float(seen.mean()), float(seen.std())
+                self.centre, self.spread = float(seen.mean()), spread_of(seen)
             elif self.scale == "min_max":
-                self.centre, self.spread = float(seen.min()), float(np.ptp(seen))
-            self.spread = self.spread or 1.0  # a constant column: its distance from the constant, unscaled
+                self.centre, self.spread = float(seen.min()), float(np.ptp(seen)) or 1.0
             self.mean = float(self._scaled(seen).mean())
         self.width = 2 if len(seen) < len(x) else 1
         return self
@@ -355,6 +356,14 @@ def objects(values: Iterable[Any]) -> np.ndarray:
     """(n,) object array of any Python values, lists among them."""
     listed = list(values)
     return np.fromiter(listed, object, len(listed))
+
+
+def spread_of(x: np.ndarray) -> float:
+    """The standard deviation of values (n,), n > 0; 1 where they are constant, so that another value is its distance from the constant.
+
+    A constant's own is seldom 0: the mean of a thousand times 0.1 is not 0.1, and by 1e-17 any other value would be scaled beyond all bounds.
+    """
+    return 1.0 if np.ptp(x) <= _ROUNDING * np.abs(x).max() else float(x.std())
 
 
 def as_float(value: Any) -> float:

@@ -20,7 +20,7 @@ from recsys.data.interactions import SHOWN, Interactions
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import Asked, AsOf, Raw, Road, Roads, in_process
 from recsys.features.declaration import FeaturesConfig
-from recsys.features.encoders import Table, spelled
+from recsys.features.encoders import Table, spelled, spread_of
 from recsys.features.fitting import Frame
 from recsys.features.groups import Group, Plan, compiled
 from recsys.features.keys import KeyColumns, key_text
@@ -85,7 +85,7 @@ class AggregateInputs:
             if name in raw and raw[name].ndim == 1:
                 x = _transformed(out.plan.aggregates[name].kind, raw[name])
                 known = x[np.isfinite(x)]
-                out.scales[name] = (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
+                out.scales[name] = (float(known.mean()), spread_of(known)) if len(known) else (0.0, 1.0)
         return out
 
     # ---- what is declared ---------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from recsys.data.columns import ColumnConfig
 from recsys.data.interactions import CSR, Interactions
 from recsys.errors import BundleError, ConfigError, DataError
 from recsys.features.declaration import FeaturesConfig, HistoryConfig, IdConfig
+from recsys.features.encoders import spread_of
+from recsys.features.fitting import build
 from recsys.features.schema import FeatureSpace, Field
 
 USERS = pd.DataFrame({"age": [17, 200, 30, 64], "country": ["cn", None, "us", "cn"], "income": [1.0, 3.0, np.nan, 1000.0]})
@@ -167,6 +169,16 @@ def test_a_number_that_training_saw_missing_brings_a_flag():
 def test_a_constant_number_and_an_empty_one_do_not_divide_by_zero():
     assert one("number", [5.0, 5.0]).tolist() == [[0.0], [0.0]]
     assert one("number", [None, None]).tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+def test_a_constant_whose_mean_is_rounded_scales_nothing():
+    """The standard deviation of a thousand times 0.1 is 1.4e-17: by that, an item of 0.3 would be 1.4e16 from the others."""
+    prices = ColumnConfig(kind="number")
+    encoder = build(prices, None).fit([0.1] * 1_000)
+    np.testing.assert_allclose(encoder.encode([0.1, 0.3]), [[0.0], [0.2]], atol=1e-6)
+    assert spread_of(np.full(1_000, 13.815509557935021)) == 1.0, "the log odds of a rate that always hits"
+    assert spread_of(np.array([1.0, 3.0])) == 1.0
+    assert spread_of(np.array([1.0, 1.0 + 4e-9])) == pytest.approx(2e-9)
 
 
 def test_numbers_out_of_range_are_missing_and_counted():
