@@ -127,10 +127,11 @@ async def dead_letters(config: Config, redis: Redis, most: int) -> list[dict[str
 
 
 async def sizes(config: Config, redis: Redis) -> dict[str, float]:
-    """Mean bytes in the server, keys and their overhead included, of a history, a user's counters and an item-side key."""
-    found: dict[str, list[int]] = {"history": [], "user_counters": []}
+    """Mean bytes in the server, keys and their overhead included, of a history, of what fell off one where something did, of a user's
+    counters and of an item-side key."""
+    found: dict[str, list[int]] = {"history": [], "fallen": [], "user_counters": []}
     prefix = config.store.prefix
-    for part, kind in (("h", "history"), ("s", "user_counters")):
+    for part, kind in (("h", "history"), ("b", "fallen"), ("s", "user_counters")):
         async for key in redis.scan_iter(match=f"{prefix}:{{*}}:{part}:*", count=1_000):
             found[kind].append(int(await redis.memory_usage(key, samples=0) or 0))
             if len(found[kind]) >= SAMPLED:

@@ -4,6 +4,7 @@ Keys, all of a user in one hash slot (ready for a cluster), p being the user's p
     rf:{p}:log            stream, the log; never expires and is never evicted (eviction takes only keys with a TTL)
     rf:{p}:h:<user>       string, the history (see `from_history`); TTL
     rf:{p}:r:<user>       string, refused items as JSON, item -> time_ms; TTL, of features.history.refused_days
+    rf:{p}:b:<user>       list, items of before the history (see `from_fallen`); TTL
     rf:{p}:s:<user>       hash, the user's counters: written by consumers alone (cluster/partition.py); TTL
     rf:{p}:p:<user>       string, the profile as JSON; no TTL, nothing could rebuild it
     rf:{p}:e:<digest>     mark of an event already told; TTL
@@ -22,6 +23,7 @@ import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -46,7 +48,7 @@ from recsys.features.store import (
     UserState,
     from_record,
     merged_profile,
-    newest_refusals,
+    newest_items,
     partition_of,
     to_record,
 )
@@ -64,12 +66,41 @@ PAUSE_S = 0.002, 0.1
 """Longest pause after the first and after any later miss: drawn at random, or equally fast writers could miss each other for long."""
 
 APPEND = """
--- KEYS: log, then mark and history of each event; of a refusal, its user's refusals in place of the history. ARGV: mark TTL (s),
--- history TTL (s), history length, refusals TTL (s), refusals kept, then entry, record and item of each. An empty entry stays out
--- of the history, an empty record out of the log; the item is ! and the id for a refusal, whose entry is its time_ms, else empty.
+-- KEYS: log, then of each event its mark, its user's history and what fell off it; of a refusal, its user's refusals in place of the
+-- history. ARGV: mark TTL (s), history TTL (s), history length, refusals TTL (s), refusals kept, fallen items kept, then entry, record
+-- and item of each. An empty entry stays out of the history, an empty record out of the log; the item is ! and the id for a refusal,
+-- whose entry is its time_ms, else empty.
 -- Answers a character per event: 1 where it was new.
 -- Where none was, a mark is written again as it is: whoever waits for disk and replicas waits for what their connection wrote.
-local limit, told, new = tonumber(ARGV[3]), {}, false
+local limit, most, told, new = tonumber(ARGV[3]), tonumber(ARGV[6]), {}, false
+local function older(a, at, b, bt)  -- of equal times the smaller id, by bytes: < of strings goes by the server's locale
+  if at ~= bt then return at < bt end
+  for i = 1, math.min(#a, #b) do
+    local x, y = string.byte(a, i), string.byte(b, i)
+    if x ~= y then return x < y end
+  end
+  return #a < #b
+end
+-- An item that falls off goes behind the others: so an event writes a few bytes to the append-only file, not all items again. The
+-- list holds an item as often as it fell, and a quarter more entries than are kept; then it is written anew.
+local function fall(key, time, entry)
+  local length = redis.call('RPUSH', key, struct.pack('>i8', 2 ^ 52 + time) .. cjson.decode(entry)[1])
+  if 4 * length > 5 * most then
+    local times, items = {}, {}
+    for _, held in ipairs(redis.call('LRANGE', key, 0, -1)) do
+      local at, item = struct.unpack('>i8', held), string.sub(held, 9)
+      if not times[item] then items[#items + 1] = item end
+      times[item] = math.max(times[item] or at, at)
+    end
+    table.sort(items, function(a, b) return older(a, times[a], b, times[b]) end)
+    for n, item in ipairs(items) do items[n] = struct.pack('>i8', times[item]) .. item end
+    redis.call('DEL', key)
+    for first = math.max(1, #items - most + 1), #items, 500 do
+      redis.call('RPUSH', key, unpack(items, first, math.min(first + 499, #items)))
+    end
+  end
+  redis.call('EXPIRE', key, ARGV[2])
+end
 local function refuse(key, item, time)
   local held = cjson.decode(redis.call('GET', key) or '{}')
   held[item] = math.max(held[item] or time, time)
@@ -78,14 +109,15 @@ local function refuse(key, item, time)
   while n > tonumber(ARGV[5]) do
     local oldest
     for id, at in pairs(held) do
-      if not oldest or at < held[oldest] or (at == held[oldest] and id < oldest) then oldest = id end
+      if not oldest or older(id, at, oldest, held[oldest]) then oldest = id end
     end
     held[oldest], n = nil, n - 1
   end
   redis.call('SET', key, cjson.encode(held), 'EX', ARGV[4])
 end
-for i = 1, (#KEYS - 1) / 2 do
-  local mark, key, entry, record, item = KEYS[2 * i], KEYS[2 * i + 1], ARGV[3 * i + 3], ARGV[3 * i + 4], ARGV[3 * i + 5]
+for i = 1, (#KEYS - 1) / 3 do
+  local mark, key, fallen = KEYS[3 * i - 1], KEYS[3 * i], KEYS[3 * i + 1]
+  local entry, record, item = ARGV[3 * i + 4], ARGV[3 * i + 5], ARGV[3 * i + 6]
   told[i] = redis.call('SET', mark, '', 'NX', 'EX', ARGV[1]) and '1' or '0'
   if told[i] == '1' then
     new = true
@@ -110,7 +142,9 @@ for i = 1, (#KEYS - 1) / 2 do
       body = string.sub(body, 1, start) .. string.sub(entry, 9) .. string.sub(body, start + 1)
       count = count + 1
       while count > limit do
-        body = string.sub(body, 1 + struct.unpack('<H', index))
+        local length, oldest = struct.unpack('<Hi8', index)
+        if most > 0 then fall(fallen, oldest, string.sub(body, 1, length - 1)) end
+        body = string.sub(body, 1 + length)
         index, count = string.sub(index, 11), count - 1
       end
       redis.call('SET', key, struct.pack('<BH', 1, count) .. index .. body, 'EX', ARGV[2])
@@ -161,6 +195,16 @@ def from_history(held: bytes | None) -> list[StoredEvent]:
     told = orjson.loads(b"[" + held[body:-1] + b"]")
     times = _INDEX.iter_unpack(held[3:body])
     return [StoredEvent(item, kind, time, value, event_id) for (item, kind, value, event_id), (_, time) in zip(told, times, strict=True)]
+
+
+def from_fallen(held: Sequence[bytes], most: int) -> set[str]:
+    """The newest `most` items of what fell off a history.
+
+    An entry is time_ms + 2^52 (8 bytes, big-endian) and the item, so that entries sort as they do in `newest_items`. They stand as
+    they fell, and an item in several: the server prunes now and then.
+    """
+    newest = held if len(held) <= most else sorted(held, reverse=True)
+    return {item.decode() for item in islice(dict.fromkeys(entry[_TIME.size :] for entry in newest), most)}
 
 
 def redacted(url: str) -> str:
@@ -238,19 +282,20 @@ class RedisStore:
             by_partition[partition_of(event.user_id, self.config.partitions)].append(i)
         history = self.history
         limits = [math.ceil(self.config.duplicate_ttl_h * 3600), math.ceil(self.config.user_ttl_h * 3600), history.length]
-        limits += [math.ceil(history.refused_s), history.refused]
+        limits += [math.ceil(history.refused_s), history.refused, history.seen]
         calls, which = [], []
         for partition, mine in by_partition.items():
             for a in range(0, len(mine), EVENTS_A_CALL):
                 keys, values = [self._key(partition, "log")], list[Any](limits)
                 for i in mine[a : a + EVENTS_A_CALL]:
                     event = events[i]
-                    if history.refuses(event.event):
-                        keys += [self._mark(partition, event), self._key(partition, "r:", event.user_id)]
+                    refuses = history.refuses(event.event)
+                    keys += [self._mark(partition, event)]
+                    keys += [self._key(partition, part, event.user_id) for part in ("r:" if refuses else "h:", "b:")]
+                    if refuses:
                         values += [event.time_ms, record(event), b"!" + event.item_id.encode()]
-                        continue
-                    keys += [self._mark(partition, event), self._key(partition, "h:", event.user_id)]
-                    values += [to_entry(event) if history.admits(event.event) else b"", record(event), b""]
+                    else:
+                        values += [to_entry(event) if history.admits(event.event) else b"", record(event), b""]
                 calls.append([len(keys), *keys, *values])
                 which.append(mine[a : a + EVENTS_A_CALL])
         return calls, which
@@ -292,12 +337,15 @@ class RedisStore:
                 pipe.mget(names)
             for p, user_id in homes:
                 pipe.hvals(self._key(p, "s:", user_id))
-            held, *counters = await pipe.execute()
+                if self.history.seen:
+                    pipe.lrange(self._key(p, "b:", user_id).decode(), 0, -1)
+            held, *more = await pipe.execute()
             if self._clustered:
-                held, counters = [held, *counters[: len(names) - 1]], counters[len(names) - 1 :]
+                held, more = [held, *more[: len(names) - 1]], more[len(names) - 1 :]
+        counters, fallen = (more[::2], more[1::2]) if self.history.seen else (more, [[]] * len(homes))
         return [
-            UserState(*self._parted(from_history(h), r), orjson.loads(p) if p else {}, b"".join(c))
-            for h, r, p, c in zip(held[::3], held[1::3], held[2::3], counters, strict=True)
+            UserState(*self._parted(from_history(h), r), from_fallen(f, self.history.seen), orjson.loads(p) if p else {}, b"".join(c))
+            for h, r, p, f, c in zip(held[::3], held[1::3], held[2::3], fallen, counters, strict=True)
         ]
 
     def _parted(self, events: list[StoredEvent], held: bytes | None) -> tuple[list[StoredEvent], dict[str, int]]:
@@ -309,7 +357,7 @@ class RedisStore:
         for e in events:
             if refuses(e.event):
                 refused[e.item_id] = max(e.time_ms, refused.get(e.item_id, e.time_ms))
-        return [e for e in events if not refuses(e.event)], newest_refusals(refused, self.history.refused)
+        return [e for e in events if not refuses(e.event)], newest_items(refused, self.history.refused)
 
     async def change_profiles(self, changes: Mapping[str, ProfileChange]) -> None:
         """See FeatureStore. A profile that somebody else changed between being read and being written is read and merged again."""

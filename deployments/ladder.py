@@ -169,7 +169,8 @@ class Ladder:
         finally:
             timings["user_state"] = 1000 * (time.perf_counter() - started)
         for row, state in zip(rows, states, strict=True):
-            row.request.events, row.request.refused, row.request.counters = state.events, state.refused, state.counters
+            row.request.events, row.request.refused, row.request.seen = state.events, state.refused, state.seen
+            row.request.counters = state.counters
             if state.profile:
                 row.request.profile = {**state.profile, **row.request.profile}
         return ()
@@ -346,6 +347,7 @@ def _bare(request: FunnelRequest) -> FunnelRequest:
         request.k,
         request.at,
         refused=request.refused,
+        seen=[*request.seen, *(event.item_id for event in request.events)],
         exclude=request.exclude,
         explain=request.explain,
         filter=request.filter,

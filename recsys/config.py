@@ -124,7 +124,8 @@ class RecallConfig(FrozenConfig):
     merge: MergeConfig = MergeConfig()
     """How the channels' lists become one."""
     exclude_seen: bool = True
-    """Never recommend what the user has in the log already, or among the newest features.history.length events since."""
+    """Never recommend what the user has in the log already, or has had since: the newest features.history.length events, and the newest
+    features.history.seen items of those before them."""
     not_interested: tuple[str, ...] | None = None
     """The name that data.refusals had: what is written here counts as written there."""
 
@@ -282,8 +283,9 @@ class Config(Places):
 
     @property
     def history(self) -> HistoryConfig:
-        """Which events enter a user's history and how many, and which refuse an item."""
-        return self.features.history.refusing(self.data.refusals)
+        """Which events enter a user's history and how many, which refuse an item, and how many items that fell off it are excluded."""
+        history = self.features.history.refusing(self.data.refusals)
+        return history if self.recall.exclude_seen else history.model_copy(update={"seen": 0})
 
     @property
     def base(self) -> Path:

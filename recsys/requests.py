@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -29,6 +29,8 @@ class FunnelRequest:
     events: Sequence[StoredEvent] = ()
     refused: Mapping[str, int] = field(default_factory=dict)
     """Item id -> time_ms of what the user refused, as the store holds it."""
+    seen: Collection[str] = ()
+    """Items that fell off the live history, as the store holds them."""
     context: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
     exclude: Sequence[str] = ()
@@ -118,7 +120,7 @@ def query_of(r: FunnelRequest, *, users: Vocabulary, items: Vocabulary, past: Pa
     seen = np.empty(0, np.int32)
     if config.recall.exclude_seen:
         seen = past.seen(user)
-        exclude += [row for row, _ in live]
+        exclude += [*(row for i in r.seen if (row := items.row(i)) != UNKNOWN), *(row for row, _ in live)]
     return Query(
         user_id=r.user_id,
         user=user,

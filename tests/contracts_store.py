@@ -29,6 +29,11 @@ async def items_of(store: FeatureStore, user: str) -> list[str]:
     return [e.item_id for e in state.events]
 
 
+async def seen_by(store: FeatureStore, user: str) -> set[str]:
+    (state,) = await store.read([user], timeout_s=5.0)
+    return state.seen
+
+
 async def whole_log(store: FeatureStore, partitions: int) -> list[NewEvent]:
     return [logged.event for p in range(partitions) async for logged in store.read_log(p)]
 
@@ -45,10 +50,11 @@ class FeatureStoreContract:
         events: tuple[str, ...] | None = None,
         partitions: int = 4,
         refused: int = 500,
+        seen: int = 1_000,
         refusals: tuple[str, ...] = AGAINST,
     ) -> None:
         async def whole() -> None:
-            history = HistoryConfig(length=length, events=events, refused=refused).refusing(refusals)
+            history = HistoryConfig(length=length, events=events, refused=refused, seen=seen).refusing(refusals)
             store = self.make(StoreConfig(partitions=partitions), history)
             try:
                 await scenario(store)
@@ -194,6 +200,89 @@ class FeatureStoreContract:
             assert state.refused == {"b": 2}
 
         self.run(scenario, refusals=("nope",))
+
+    def test_what_falls_off_a_history_is_seen_still_and_what_never_entered_it_is_not(self):
+        async def scenario(store):
+            await store.append([event("u", "shown", 1, kind="view"), event("u", "bad", 2, kind="hide")])
+            await store.append([event("u", item, t) for t, item in enumerate("abcde", 3)])
+            mine, other = await store.read(["u", "v"], timeout_s=5.0)
+            assert [e.item_id for e in mine.events] == ["c", "d", "e"]
+            assert (mine.seen, other.seen) == ({"a", "b"}, set())
+            await store.append([event("u", "late", 1)])
+            assert await seen_by(store, "u") == {"a", "b", "late"}, "older than a full history, it falls off at once"
+            await store.append([event("u", "a", 9)])
+            assert await items_of(store, "u") == ["d", "e", "a"]
+            assert await seen_by(store, "u") == {"a", "b", "c", "late"}
+
+        self.run(scenario, length=3)
+
+    def test_beyond_the_limit_the_newest_that_fell_stay_each_as_of_its_last_time(self):
+        async def scenario(store):
+            await store.append([event("u", "now", 100), event("u", "a", 50), event("u", "b", 20), event("u", "c", 40)])
+            await store.append([event("u", "a", 30), event("u", "a", 10), event("u", "d", 60)])
+            assert await seen_by(store, "u") == {"a", "c", "d"}, "a of 50, c of 40 and d of 60; b of 20 goes, whatever is told of a later"
+            await store.append([event("u", "e", 45), event("u", "b", 21)])
+            assert await seen_by(store, "u") == {"a", "d", "e"}
+            await store.append([event("u", "b", 70)])
+            assert await seen_by(store, "u") == {"a", "b", "d"}
+
+        self.run(scenario, length=1, seen=3)
+
+    def test_of_items_as_old_the_greater_ids_stay_by_bytes(self):
+        names = ["a", "B", "10", "9", "é", "z", "aa", "用"]  # by bytes: 10 9 B a aa z é 用
+
+        async def scenario(store):
+            await store.append([event("u", "now", 9), *(event("u", name, 5) for name in names)])
+            assert await seen_by(store, "u") == {"aa", "z", "é", "用"}
+
+        self.run(scenario, length=1, seen=4)
+
+    def test_a_repeated_event_falls_off_once(self):
+        async def scenario(store):
+            told = [event("u", "old", 1), event("u", "mid", 2), event("u", "new", 3)]
+            assert await store.append(told) == (3, 0)
+            assert await store.append([*told, event("u", "newer", 4)]) == (1, 3)
+            assert await items_of(store, "u") == ["newer"]
+            assert await seen_by(store, "u") == {"mid", "new"}
+
+        self.run(scenario, length=1, seen=2)
+
+    def test_where_nothing_that_fell_is_kept_nothing_is(self):
+        async def scenario(store):
+            await store.append([event("u", str(t), t) for t in range(9)])
+            assert await seen_by(store, "u") == set()
+
+        self.run(scenario, length=2, seen=0)
+
+    @pytest.mark.parametrize(("seed", "most"), [(1, 3), (2, 7), (3, 12), (4, 40)])
+    def test_what_is_seen_follows_from_the_events_and_not_from_how_they_came(self, seed, most):
+        """160 arrivals of 120 events on 30 items, late ones, repeats and ties among them; the history holds the newest 4."""
+        rng = random.Random(seed)
+        pool = [event("u", f"i{rng.randrange(30)}", rng.randrange(90), str(n)) for n in range(120)]
+        arrivals = [rng.choice(pool) for _ in range(160)]
+        once = list(dict.fromkeys(arrivals))
+        newest: dict[str, int] = {}
+        for e in sorted(once, key=lambda e: e.time_ms)[:-4]:
+            newest[e.item_id] = max(e.time_ms, newest.get(e.item_id, 0))
+        expected = sorted(newest, key=lambda item: (newest[item], item))[-most:]
+
+        async def scenario(store):
+            at = 0
+            while at < len(arrivals):
+                step = rng.randrange(1, 9)
+                await store.append(arrivals[at : at + step])
+                at += step
+            assert await seen_by(store, "u") == set(expected)
+
+        self.run(scenario, length=4, seen=most)
+
+    @pytest.mark.parametrize("name", ["用户/一 ☃", "nul\x00inside", 'a"b\\c', "{0}:{1}", "é" * 128, "", "-1", "7"])
+    def test_ids_of_what_fell_are_any_text(self, name):
+        async def scenario(store):
+            await store.append([event(name, name, -5), event(name, "new", 1)])
+            assert await seen_by(store, name) == {name}
+
+        self.run(scenario, length=1)
 
     @pytest.mark.parametrize("name", ["用户/一 ☃", "nul\x00inside", 'a"b\\c', "{0}:{1}", "é" * 128, "", "-1", "7"])
     def test_ids_of_refusals_are_any_text(self, name):

@@ -2,7 +2,8 @@
 
 A user's history is LastN of `features.generate`: the newest events by (time, log position), late ones in their place. Event
 types that the configuration keeps out of histories are in the log all the same. An event id counts once per user. A refusal
-(data.refusals) stands beside the history, once per item, so that its length and its age say nothing of it.
+(data.refusals) stands beside the history, once per item, so that its length and its age say nothing of it. So do the items that
+fell off the history, where what was seen is not shown again.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class StoreConfig(FrozenConfig):
     partitions: PositiveInt = 16
     """Event streams that users are spread over; one consumer owns each. Fixed once a store holds events."""
     user_ttl_h: PositiveFloat = 24.0 * 90
-    """Hours after a user's last event when that user's history and counters are forgotten. The log itself never expires, and
-    what a user refused is kept for features.history.refused_days."""
+    """Hours after a user's last event when that user's history, what fell off it, and counters are forgotten. The log itself never
+    expires, and what a user refused is kept for features.history.refused_days."""
     duplicate_ttl_h: PositiveFloat = 1.0
     """Hours during which a repeated event id is recognised. Costs about 100 bytes per event of that time."""
     append_timeout_ms: PositiveFloat = 5_000.0
@@ -49,8 +50,8 @@ class StoreConfig(FrozenConfig):
     memory_mb: PositiveInt | None = None
     """Budget of the embedded store. Beyond it, histories and counters of users who were away for longest are evicted, and never
     the log: a log that fills it by itself refuses events with 503. A Redis of your own has `maxmemory` and
-    `maxmemory-policy volatile-lru` for that. A user takes about 70 bytes an event of the history, and what the counters take: see
-    `rayfunnel ingest status`. null: what the host has."""
+    `maxmemory-policy volatile-lru` for that. A user takes about 70 bytes an event of the history, about 20 an item that fell off
+    it (features.history.seen), and what the counters take: see `rayfunnel ingest status`. null: what the host has."""
 
 
 class NewEvent(NamedTuple):
@@ -85,13 +86,15 @@ class LoggedEvent(NamedTuple):
 
 @dataclass
 class UserState:
-    """What the store knows of a user: history, oldest first, what was refused, profile, and packed counters (see
-    `stream.Stream.unpack`)."""
+    """What the store knows of a user: history, oldest first, what was refused and what is seen beyond the history, profile, and
+    packed counters (see `stream.Stream.unpack`)."""
 
     events: list[StoredEvent] = field(default_factory=list)
     """The history; a refusal is no member of it."""
     refused: dict[str, int] = field(default_factory=dict)
     """Refused items, and when (time_ms): the newest `history.refused` of them."""
+    seen: set[str] = field(default_factory=set)
+    """Items of events that fell off the history, by the newest of them the newest `history.seen`. One may be in the history again."""
     profile: dict[str, Any] = field(default_factory=dict)
     counters: bytes = b""
 
@@ -181,11 +184,18 @@ def merged_profile(user_id: str, held: bytes, change: ProfileChange) -> bytes:
         raise StoreError(f"The profile of user '{user_id}' cannot be written as JSON ({fault}).") from fault
 
 
-def newest_refusals(held: dict[str, T], most: int) -> dict[str, T]:
-    """Item -> when it was refused, of the `most` refused last; of equal times the greater ids stay, in any store and in training."""
+def newest_items(held: dict[str, T], most: int) -> dict[str, T]:
+    """Item -> when, of the `most` newest; of equal times the greater ids stay, in any store and in training."""
     if len(held) <= most:
         return held
-    return dict(sorted(held.items(), key=lambda e: (e[1], e[0].encode()))[-most:])
+    return dict(sorted(held.items(), key=lambda e: (e[1], e[0].encode()))[len(held) - most :])
+
+
+def _note(held: dict[str, dict[str, int]], user_id: str, event: NewEvent | StoredEvent, most: int) -> None:
+    """Of a user's items the newest `most`, each with the time of its newest event."""
+    items = held.setdefault(user_id, {})
+    items[event.item_id] = max(event.time_ms, items.get(event.item_id, event.time_ms))
+    held[user_id] = newest_items(items, most)
 
 
 class MemoryStore:
@@ -199,6 +209,7 @@ class MemoryStore:
         self._log: list[list[bytes]] = [[] for _ in range(self.config.partitions)]
         self._histories: dict[str, list[StoredEvent]] = {}
         self._refused: dict[str, dict[str, int]] = {}
+        self._seen: dict[str, dict[str, int]] = {}
         self._profiles: dict[str, bytes] = {}
         self._told: dict[tuple[str, str], float] = {}  # (user, event id) -> when it is forgotten
 
@@ -212,7 +223,7 @@ class MemoryStore:
             self._log[partition_of(event.user_id, self.config.partitions)].append(record)
             accepted += 1
             if self.history.refuses(event.event):
-                self._refuse(event)
+                _note(self._refused, event.user_id, event, self.history.refused)
             elif self.history.admits(event.event):
                 self._enter(from_record(record))
         return AppendResult(accepted, len(events) - accepted)
@@ -226,16 +237,18 @@ class MemoryStore:
         line = self._histories.setdefault(event.user_id, [])
         at = bisect.bisect_right(line, event.time_ms, key=lambda e: e.time_ms)  # behind those of its time: they came first
         line.insert(at, StoredEvent(event.item_id, event.event, event.time_ms, event.value, event.event_id))
+        for fallen in line[: -self.history.length]:
+            _note(self._seen, event.user_id, fallen, self.history.seen)
         del line[: -self.history.length]
-
-    def _refuse(self, event: NewEvent) -> None:
-        held = self._refused.setdefault(event.user_id, {})
-        held[event.item_id] = max(event.time_ms, held.get(event.item_id, event.time_ms))
-        self._refused[event.user_id] = newest_refusals(held, self.history.refused)
 
     async def read(self, user_ids: Sequence[str], *, timeout_s: float) -> list[UserState]:  # noqa: ARG002 - nothing to wait for
         return [
-            UserState(list(self._histories.get(u, ())), dict(self._refused.get(u, {})), orjson.loads(self._profiles.get(u) or b"{}"))
+            UserState(
+                list(self._histories.get(u, ())),
+                dict(self._refused.get(u, {})),
+                set(self._seen.get(u, ())),
+                orjson.loads(self._profiles.get(u) or b"{}"),
+            )
             for u in user_ids
         ]
 

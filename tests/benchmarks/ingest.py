@@ -170,6 +170,7 @@ async def against_naive(config: Config, store: RedisStore, most: int = 200) -> d
     n = max(1, len(with_counters))
     return {
         "bytes_per_user_history": round(ours["history"]),
+        "bytes_per_user_fallen": round(ours["fallen"]),
         "bytes_per_user_counters": round(mine / n),
         "bytes_per_user_counters_at_rest": round(settled / n),
         "naive_bytes_per_user_counters": round(taken / n),

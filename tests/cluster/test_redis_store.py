@@ -8,17 +8,24 @@ import logging
 import os
 import signal
 
+import numpy as np
 import pytest
 from redis import exceptions as faults
 from redis.asyncio import Redis
 
 from cluster.embedded import EmbeddedValkey
 from cluster.redis_store import PASSWORD_VARIABLE, RedisStore, redacted
+from recsys.config import Config
+from recsys.core import Vocabulary
+from recsys.data.interactions import Interactions
 from recsys.errors import ConfigError, StoreError, StoreUnavailableError
 from recsys.features.declaration import HistoryConfig
+from recsys.features.generate import told
 from recsys.features.store import StoreConfig, partition_of
+from recsys.recipe import past
+from recsys.requests import FunnelRequest, query_of
 from tests.cluster.valkey_process import kill, pid_of
-from tests.contracts_store import FeatureStoreContract, event, items_of, whole_log
+from tests.contracts_store import FeatureStoreContract, event, items_of, seen_by, whole_log
 
 _prefixes = itertools.count()
 
@@ -304,6 +311,7 @@ def test_a_shorter_history_length_takes_hold_with_the_next_event(valkey):
         short = RedisStore(valkey.url, config, HistoryConfig(length=3))
         await short.append([event("u", "new", 99)])
         assert await items_of(short, "u") == ["8", "9", "new"]
+        assert await seen_by(short, "u") == set("01234567")
         await short.close()
 
     asyncio.run(scenario())
@@ -337,6 +345,69 @@ def test_refusals_survive_a_killed_server_and_expire_by_their_own_time(own_valke
         async with Redis.from_url(own_valkey.url) as redis:
             (key,) = [key async for key in redis.scan_iter(match="rf:*:r:u")]
             assert 2 * 86_400 - 60 < await redis.ttl(key) <= 2 * 86_400
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_user_of_before_what_fell_was_kept_goes_on_with_the_history_that_he_has(valkey):
+    config = fresh()
+
+    async def scenario():
+        before = RedisStore(valkey.url, config, HistoryConfig(length=3, seen=0))
+        await before.append([event("u", str(t), t) for t in range(5)])
+        await before.close()
+        now = RedisStore(valkey.url, config, HistoryConfig(length=3))
+        (state,) = await now.read(["u"], timeout_s=5.0)
+        assert ([e.item_id for e in state.events], state.seen) == (["2", "3", "4"], set())
+        await now.append([event("u", "5", 5), event("u", "6", 6)])
+        (state,) = await now.read(["u"], timeout_s=5.0)
+        assert ([e.item_id for e in state.events], state.seen) == (["4", "5", "6"], {"2", "3"})
+        await now.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_fell_is_one_list_that_is_pruned_lives_as_long_as_the_history_and_is_absent_where_it_is_not_kept(own_valkey):
+    async def scenario():
+        store = RedisStore(own_valkey.url, StoreConfig(user_ttl_h=2), HistoryConfig(length=2, seen=8))
+        async with Redis.from_url(own_valkey.url) as redis:
+            for t in range(40):
+                await store.append([event("u", f"i{t}", t)])
+                (key,) = [key async for key in redis.scan_iter(match="rf:*:b:u")] or [None]
+                assert (await redis.llen(key) if key else 0) <= 10, "8 and a quarter"
+                assert (key is None) == (t < 2)
+                assert await seen_by(store, "u") == {f"i{n}" for n in range(max(0, t - 9), t - 1)}
+            assert 7_000 < await redis.ttl(key) <= 7_200
+            await store.close()
+            store = RedisStore(own_valkey.url, StoreConfig(), HistoryConfig(length=2, seen=0))
+            await store.append([event("v", f"i{t}", t) for t in range(40)])
+            assert [key async for key in redis.scan_iter(match="rf:*:b:v")] == []
+            kill(own_valkey)
+            own_valkey.check()
+        again = RedisStore(own_valkey.url, StoreConfig(), HistoryConfig(length=2, seen=8))
+        assert await seen_by(again, "u") == {f"i{n}" for n in range(30, 38)}, "on disk before the answer"
+        await again.close()
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_of_more_than_a_thousand_live_items_none_of_the_newest_is_asked_for_again(valkey):
+    """1,300 items, the defaults' history of 50 and 1,000 before it: the oldest 250 are forgotten, and no other."""
+    users, items = Vocabulary(["u"]), Vocabulary([f"i{n}" for n in range(1_300)])
+    config = Config.model_validate({"data": {"interactions": {"path": "log.csv"}}})
+    trained = Interactions.of([], [], np.empty(0), users=users, items=items)
+    bundle = past(trained, told(trained, config.history), config.history)
+
+    async def scenario():
+        store = RedisStore(valkey.url, fresh(), config.history)
+        await store.append([event("u", f"i{n}", 1_000 * n) for n in range(1_300)])
+        (state,) = await store.read(["u"], timeout_s=5.0)
+        request = FunnelRequest("u", 5, 1_300.0, state.events, state.refused, state.seen)
+        query = query_of(request, users=users, items=items, past=bundle, config=config)
+        assert sorted(query.exclude.tolist()) == list(range(250, 1_300))
+        assert query.items.tolist() == list(range(1_250, 1_300))
         await store.close()
 
     asyncio.run(scenario())

@@ -58,7 +58,7 @@ class StandIn:
                 r.at,
                 items=np.array([self.items.row(e.item_id) for e in r.events], np.int32),
                 times=np.array([e.time_ms / 1000 for e in r.events]),
-                exclude=np.array([self.items.row(i) for i in (*r.exclude, *(e.item_id for e in r.events))], np.int32),
+                exclude=np.array([self.items.row(i) for i in (*r.exclude, *r.seen, *(e.item_id for e in r.events))], np.int32),
                 explain=r.explain,
                 filter=r.filter,
             )

@@ -145,6 +145,20 @@ class TestUserState:
         [answer] = answers(StandIn(), on=lambda: ladder(read=read))
         assert ids(answer) == ["i42", "i44", "i46"]
 
+    def test_what_fell_off_the_history_does_not_come_back_on_any_rung(self) -> None:
+        async def read(user_ids: Sequence[str]) -> list[UserState]:
+            return [UserState([StoredEvent("i99", "click", 0, None, "e")], seen={"i40", "i98"}) for _ in user_ids]
+
+        class Picky(StandIn):
+            def queries(self, requests: Sequence[FunnelRequest]) -> Queries:
+                if any(r.events for r in requests):
+                    raise ValueError("strange events")
+                return super().queries(requests)
+
+        [whole], [bare] = answers(StandIn(), on=lambda: ladder(read=read)), answers(Picky(), on=lambda: ladder(read=read))
+        assert ids(whole) == ["i38", "i42", "i44"]
+        assert (ids(bare), bare.degraded) == (["i97", "i96", "i95"], (Degraded("recall", "popular", "error"),))
+
     @pytest.mark.parametrize(("error", "reason"), [(StoreUnavailableError("gone"), "unavailable"), (ValueError("odd"), "error")])
     def test_a_store_that_fails_leaves_a_stale_state(self, error: Exception, reason: str) -> None:
         async def read(user_ids: Sequence[str]) -> list[UserState]:
