@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from recsys.allowed import Allowed, Filter, Mask
@@ -66,6 +67,14 @@ class LiveVocabulary(Vocabulary):
         """The row of one canonical id, or UNKNOWN."""
         known = super().row(outside_id)
         return known if known != UNKNOWN or not self.later else self.later.get(outside_id, UNKNOWN)
+
+    def rows(self, outside_ids: Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:
+        """(n,) ids -> (n,) int32 rows, UNKNOWN where an id is neither of the bundle nor came later."""
+        found, later = super().rows(outside_ids), self.later
+        for i in np.flatnonzero(found == UNKNOWN).tolist() if later else ():
+            asked = outside_ids[i]
+            found[i] = later.get(asked.as_py() if isinstance(asked, pa.Scalar) else str(asked), UNKNOWN)
+        return found
 
     def outside(self, rows: np.ndarray | Sequence[int]) -> list[str]:
         """(n,) known rows -> their n ids."""

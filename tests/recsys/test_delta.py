@@ -6,15 +6,16 @@ import pickle
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.allowed import Mask
-from recsys.core import UNKNOWN, Queries
+from recsys.core import UNKNOWN, Queries, Vocabulary
 from recsys.data.columns import ColumnConfig
 from recsys.data.synthetic import checkerboard
-from recsys.delta import Delta, Parts
+from recsys.delta import Delta, LiveVocabulary, Parts
 from recsys.errors import RequestError, StoreError
 from recsys.features.catalogue import Catalogue
 from recsys.features.filters import Filters
@@ -119,6 +120,15 @@ def test_an_item_deleted_after_it_was_recalled_is_not_shown(funnel: Funnel) -> N
     page = ids(funnel.page(elsewhere, funnel.rerank(elsewhere, found))[0])
     assert first not in page
     assert len(page) == 5
+
+
+@pytest.mark.parametrize("n", [3, 3_000])
+def test_many_ids_are_found_as_one_is(n: int) -> None:
+    """Long lists are looked up another way than short ones: b came after the bundle, c nobody knows."""
+    grown = LiveVocabulary.over(Vocabulary(["x", "a"]), {"b": 2})
+    asked = [*"abc"] * (n // 3)
+    for form in (asked, np.array(asked, object), pa.array(asked)):
+        assert grown.rows(form).tolist() == [1, 2, UNKNOWN] * (n // 3)
 
 
 def test_a_row_that_this_process_has_not_heard_of_is_left_out(small: Small, funnel: Funnel) -> None:
