@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data import event_files
+from recsys.data import event_files, live_context
 from recsys.data.columns import FROM_TIME
 from recsys.data.interactions import SHOWN, Interactions
 from recsys.data.sources import IMPRESSION, DataConfig, LogColumns, is_positive
@@ -49,7 +49,8 @@ def read(root: str) -> pa.Table:
 
 
 def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Sequence[str], like: pa.Schema) -> pa.Table:
-    """Live events as raw rows of the log whose columns are `like`; where it holds no impressions and names no events, they are left out.
+    """Live events as raw rows of the log whose columns are `like`, or texts where a context column cannot hold them. Where the log holds no
+    impressions and names no events, they are left out.
 
     What a user did in a log that names no events is told apart by TYPE, as the service does: a view enters no history, in neither road.
     """
@@ -68,18 +69,20 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
         out[columns.value] = events["value"]
     if columns.event.column is not None:
         out[columns.event.column] = events["event"]
+    said: dict[str, pa.ChunkedArray] = {}
     for name, column in log.context.items():
-        if column.kind not in FROM_TIME:
-            source = column.source(name)
-            out.setdefault(source, pa.array([_text(c.get(name, c.get(source))) for c in contexts], pa.string()))
+        source = column.source(name)
+        if column.kind not in FROM_TIME and source in like.names and source not in {*out, *said}:
+            said[source] = live_context.column_of([c.get(name) for c in contexts], column, like.field(source).type)
     for name in keep:
-        out.setdefault(name, pa.array([_text(c.get(name)) for c in contexts], pa.string()))
+        if name in like.names and name not in {*out, *said}:
+            said[name] = live_context.fitting([_text(c.get(name)) for c in contexts], like.field(name).type)
     for number, (name, rule) in enumerate(config.labels.items()):
-        if rule.column not in out:
-            said = np.array([is_positive(e, config.refusals) if number == 0 else (e == name) for e in names], bool)
+        if rule.column not in {*out, *said}:
+            hits = np.array([is_positive(e, config.refusals) if number == 0 else (e == name) for e in names], bool)
             yes = rule.equals if rule.equals is not None else 1 if rule.at_least is None else rule.at_least
-            out[rule.column] = pa.array([yes if s else None for s in said])
-    cast = {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
+            out[rule.column] = pa.array([yes if hit else None for hit in hits])
+    cast = said | {name: _cast(column, like.field(name).type, name) for name, column in out.items() if name in like.names}
     if config.impressions:  # a click is told of by itself here; in the files it is the label of what was shown
         cast[SHOWN] = pc.equal(events["event"], IMPRESSION)
     if columns.event.column is None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,9 +16,10 @@ from recsys.errors import DataError
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import Asked, AsOf
 from recsys.features.declaration import HistoryConfig
+from recsys.features.encoders import as_floats, spelled, splitter
 from recsys.features.generate import Instant, told
 from recsys.features.groups import compiled
-from recsys.features.keys import KeyColumns
+from recsys.features.keys import KeyColumns, key_text
 from recsys.features.live_rows import row_reader
 from recsys.features.refusals import Refusals
 from recsys.features.store import NewEvent
@@ -223,6 +225,46 @@ def test_declared_context_comes_from_the_events_context(tmp_path):
     log = loaded(tmp_path, interactions, told).interactions
     assert [float(v) for v in log.context["tab"][:2]] == [3.0, 7.0]
     assert [log.event_names[e] for e in log.event] == ["click", "buy", "click"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "learnt"),
+    [
+        (7, [1, 2, 7]),
+        (7.0, [1, 2, 7]),
+        (" 7 ", [1, 2, 7]),
+        ("", [1, 2, None]),
+        ("home", ["1", "2", "home"]),
+        ("0x1", ["1", "2", "0x1"]),
+        (True, ["1", "2", "True"]),
+        (2.5, ["1", "2", "2.5"]),
+        ([1, 2], ["1", "2", "[1, 2]"]),
+    ],
+)
+def test_a_context_that_the_files_type_cannot_hold_is_learnt_as_it_is_counted(tmp_path, sent, learnt):
+    """Tabs are whole numbers in the file. Whatever a client sends was accepted: it stops no training, and has one key in both roads."""
+    pd.DataFrame({"user_id": ["u", "v"], "item_id": ["a", "b"], "ts": [1, 2], "tab": [1, 2]}).to_parquet(tmp_path / "log.parquet")
+    interactions = {"path": "log.parquet", "time": "ts", "context": {"tab": {"kind": "category"}}}
+    log = loaded(tmp_path, interactions, [Told("u", "b", 3, context={"tab": sent})]).interactions
+    assert [value if spelled(value) else None for value in log.context["tab"]] == learnt
+    assert spelled(log.context["tab"][2]) == key_text(sent)
+
+
+def test_tags_and_numbers_of_a_context_are_those_that_the_service_reads(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,moods,hours\nu,a,1,calm,2\n")
+    context = {"moods": {"kind": "tags"}, "hours": {"kind": "number"}}
+    told = [Told("u", "b", n, context=c) for n, c in enumerate([{"moods": ["calm", 5.0], "hours": True}, {"moods": [], "hours": [3]}], 2)]
+    log = loaded(tmp_path, {"path": "log.csv", "time": "ts", "context": context}, told).interactions
+    assert [splitter("tags", " ")(cell) for cell in log.context["moods"]] == [["calm"], ["calm", "5"], []]
+    np.testing.assert_array_equal(as_floats(log.context["hours"]), [2.0, 1.0, np.nan])
+
+
+def test_a_context_is_known_by_its_declared_name_alone(tmp_path):
+    """As the service reads it: under the name that the file has for it, it is anything else worth keeping."""
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,tab_no\nu,a,1,3\n")
+    interactions = {"path": "log.csv", "time": "ts", "context": {"tab": {"kind": "category", "column": "tab_no"}}}
+    told = [Told("u", "b", 2, context={"tab": "7"}), Told("u", "c", 3, context={"tab_no": "8"})]
+    assert loaded(tmp_path, interactions, told).interactions.context["tab"].tolist() == ["3", "7", None]
 
 
 def test_a_log_without_time_cannot_go_on(tmp_path):
