@@ -70,7 +70,8 @@ class AggregateConfig(FrozenConfig):
     several, their combination. One may be left unbracketed."""
     of: str | None = None
     """rate: the label or event that is a hit (default: positive). sum, mean, min, max: `value` or a number column (default:
-    value). last, first, distinct: `item`, `value` or a column (default: item). match: an item column."""
+    value). last, first, distinct: `item`, `value` or a column (default: item); by a key of items,
+    last and first list values alone. match: an item column."""
     events: tuple[str, ...] | None = None
     """Event types that are counted. Default: all; last, first and match: those that enter a history."""
     window: str = "all"
@@ -194,6 +195,8 @@ def _of_faults(
         found.append(f"adds up '{a.reads}', which is neither 'value' nor a number column")
     if a.kind in ("last", "first", "distinct") and a.reads not in ("item", "value") and (a.reads not in sides or a.reads in many):
         found.append(f"lists '{a.reads}', which is neither 'item', 'value' nor a column of one value")
+    if a.kind in ("last", "first") and a.reads != "value" and (of := [p for p in a.key if "item" in (p, sides.get(p))]):
+        found.append(f"lists '{a.reads}' by '{of[0]}': a ranker takes lists of a user, not of each candidate; declare a rate, or of: value")
     for part in a.parts:
         if part in refused:
             found.append(f"is made of '{part}', {refused[part]}")

@@ -244,6 +244,11 @@ def test_the_ranker_learns_from_the_aggregates(served):
         ({"kind": "count", "key": "price"}, "has 'price' in its key, which is no id or category"),
         ({"kind": "match", "of": "country"}, "compares 'country', which is no item column"),
         ({"kind": "sum", "key": "user", "of": "colour"}, "adds up 'colour', which is neither 'value' nor a number column"),
+        (
+            {"kind": "last", "key": "item", "of": "country"},
+            "lists 'country' by 'item': a ranker takes lists of a user, not of each candidate",
+        ),
+        ({"kind": "first", "key": ["user", "colour"]}, "lists 'item' by 'colour': a ranker takes lists of a user"),
         ({"kind": "ratio", "parts": ["price", "nothing"]}, "is made of 'nothing', which is neither a number column nor an aggregate"),
         ({"kind": "concat", "parts": ["country", "colour"]}, "that would be an embedding a pair"),
         ({"kind": "count", "key": "user", "window": "soon"}, "'soon' is no duration; write a number and s, m, h or d"),
