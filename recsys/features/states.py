@@ -35,6 +35,10 @@ from recsys.features.tally import Ends, Tally
 
 log = logging.getLogger(__name__)
 LATEST = 1 << 62
+_ODD, _MASK = -0x61C8864680B583EB, (1 << 63) - 1  # 2^64 divided by the golden ratio, as a signed number
+MOST_TEXTS = 1 << 20
+"""Values of a context column that one bundle tells apart. More would have each other's numbers in keys of several parts, and
+whatever clients put there would be held for ever."""
 MOST_LATER = 1 << 16
 """Items beyond the bundle's whose counters one bundle tells apart; those that states bring after them count as nothing."""
 
@@ -98,6 +102,7 @@ class Coder:
         self._context: dict[str, dict[str, int]] = {}
         self._later: dict[str, int] = {}
         self._later_ids: list[str] = []
+        self._hashed: dict[Key, bool] = {}
         self._numbering = threading.Lock()  # a new snapshot is coded beside requests
         self._of_keys: dict[tuple[Key, int], tuple[pa.ChunkedArray, np.ndarray]] = {}
 
@@ -110,7 +115,7 @@ class Coder:
             code = user if part == "user" else self.item(text, new=True) if part == "item" else self.text(part, text, new=True)
             if code < 0:
                 return -1
-            out = out * self._size(part) + code
+            out = self._joined(group, part, out, code)
         return out
 
     def of_keys(self, group: Group, partition: int, keys: pa.ChunkedArray) -> np.ndarray:
@@ -126,7 +131,7 @@ class Coder:
         out = np.zeros((len(items), 1), np.int64)
         for part in group.key:
             codes = self._pairs(part, users, items, queries, at)
-            out = np.where((out < 0) | (codes < 0), -1, out * self._size(part) + codes)
+            out = np.where((out < 0) | (codes < 0), -1, self._joined(group, part, out, codes))
         return out
 
     def _pairs(self, part: str, users: np.ndarray, items: np.ndarray, queries: Queries, at: np.ndarray) -> np.ndarray:
@@ -174,7 +179,15 @@ class Coder:
         if side is not None:
             return self._index[side, part].get(text, -1)
         known = self._context.setdefault(part, {})
-        return known.setdefault(text, len(known)) if new and text else known.get(text, -1)
+        if new and text and text not in known:
+            with self._numbering:
+                if len(known) < MOST_TEXTS and text not in known:
+                    known[text] = len(known)
+                    if len(known) == MOST_TEXTS:
+                        log.warning(
+                            "counters: context '%s' has had %d values; of more there are none until the next version", part, MOST_TEXTS
+                        )
+        return known.get(text, -1)
 
     def value(self, of: str, value: Any) -> float:
         """A list's value as a number: its own, an item's row or a text's code. NaN, as where there is none, for one that the bundle cannot
@@ -186,13 +199,19 @@ class Coder:
         """The texts of a context column, by code."""
         return list(self._context.get(part, {}))
 
+    def _joined(self, group: Group, part: str, out: Any, code: Any) -> Any:
+        """The number of a key's parts so far with one more: its place among all combinations; of more than 63 bits of these, a hash."""
+        if group.key not in self._hashed:
+            self._hashed[group.key] = math.prod(map(self._size, group.key)) >= _MASK
+        return (out * _ODD + code + 1) & _MASK if self._hashed[group.key] else out * self._size(part) + code
+
     def _size(self, part: str) -> int:
         if part in CLOCK_KEYS:
             return 24
         side = self.columns.side_of(part)
         if part == "item":
             return len(self.items) + MOST_LATER
-        return max(len(self.columns.texts[side][part].texts), 1) if side and part != "user" else 1 << 20
+        return max(len(self.columns.texts[side][part].texts), 1) if side and part != "user" else MOST_TEXTS
 
 
 def looked(group: Group, states: Iterable[tuple[int, GroupState]], at: Instant, value_code: Any) -> Looked:

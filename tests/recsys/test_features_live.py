@@ -177,6 +177,32 @@ def test_items_beyond_those_that_one_bundle_can_number_count_as_nothing(served, 
     assert [coder.item(i) for i in ("b", "c", "")] == [n + 1, -1, -1]
 
 
+def test_values_of_a_context_beyond_those_that_one_bundle_can_number_count_as_nothing(served, monkeypatch):
+    coder = Funnel.load(served[2]).live.source.coder
+    monkeypatch.setattr(states, "MOST_TEXTS", 2)
+    assert [coder.text("mood", m, new=True) for m in ("calm", "brave", "calm", "tired")] == [0, 1, 0, -1]
+    assert [coder.text("mood", m) for m in ("brave", "tired", "")] == [1, -1, -1]
+
+
+def test_a_key_of_more_combinations_than_a_number_holds_is_counted(tmp_path):
+    """An item and three columns of 2^20 values each are 2^76 keys: the bundle has the values of the log, and tells the keys apart."""
+    declared = {
+        "deep": {"kind": "count", "key": ["item", "device", "d2", "d3"]},
+        "mine": {"kind": "count", "key": ["user", "item", "d2", "d3"]},
+    }
+    context = {"device": {"kind": "category"}} | {name: {"kind": "category", "column": "device"} for name in ("d2", "d3")}
+    settings = f"features.aggregates={json.dumps(declared)}", f"data.interactions.context={json.dumps(context)}"
+    _, final, bundle = bundled(tmp_path, *settings)
+    loaded = Funnel.load(bundle)
+    at = loaded.live.snapshot.at + 1.0
+    requests = [FunnelRequest(u, 3, at, context=dict.fromkeys(context, d)) for u, d in (("u0", "web"), ("u0", "phone"), ("u1", "web"))]
+    items = np.tile(np.arange(len(final.items)), (3, 1))
+    ours, theirs = (f.live.pair_fields(f.queries(requests), items) for f in (final, loaded))
+    for name in declared:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6, err_msg=name)
+        assert not (ours[name][0] == ours[name][1]).all(), "web and phone"
+
+
 def test_a_page_for_which_nothing_passes_is_empty_at_every_stage(served):
     _, _, bundle = served
     loaded = Funnel.load(bundle)
