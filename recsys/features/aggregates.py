@@ -89,7 +89,7 @@ class AggregateConfig(FrozenConfig):
     cap: PositiveInt = 256
     """distinct: exact up to so many values, then it stays there. Costs 12 bytes a value."""
     parts: tuple[str, ...] = ()
-    """ratio, product: two aggregates or number columns. concat: two or more columns of one side."""
+    """ratio, product: two aggregates or number columns of users and items. concat: two or more columns of one side."""
     buckets: PositiveInt = 1_000
     """concat: rows of its embedding table."""
 
@@ -203,6 +203,8 @@ def _of_faults(
         elif a.kind == "concat":
             if part not in sides or part in many | numbers:
                 found.append(f"joins '{part}', which is no id or category column")
+        elif part in numbers and sides[part] == "context":
+            found.append(f"is made of '{part}', a column of the context; take columns of users and items, or aggregates")
         elif part not in numbers and (part not in aggregates or aggregates[part].kind in CROSSED | {"last", "first"}):
             found.append(f"is made of '{part}', which is neither a number column nor an aggregate of one number")
     if a.kind == "concat" and len({sides[p] == "item" for p in a.parts if p in sides}) > 1:

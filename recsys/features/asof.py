@@ -1,8 +1,8 @@
 """The batch road: the aggregates of any keys at any instants of a log, by sorting once and by index arithmetic after that.
 
-Events of a key lie side by side in (time, log position), so what an instant sees is a run [lo, hi) of them: sums are
-differences of prefix sums, decays a prefix scan of the monoid's own merge, extremes a sparse table, distinct values a wavelet
-matrix. A property test holds it to the monoids' answers, event by event.
+Events of a key lie side by side in (time, log position), so what an instant sees is a run [lo, hi) of them: counts are
+differences of prefix sums, other sums those of blocks, decays a prefix scan of the monoid's own merge, extremes a sparse
+table, distinct values a wavelet matrix. A property test holds it to the monoids' answers, event by event.
 """
 
 from __future__ import annotations
@@ -283,9 +283,7 @@ class AsOf:
                     else np.zeros(len(lo))
                 )
             else:
-                if ("sum", c) not in events.cache:
-                    events.cache["sum", c] = np.concatenate([[0.0], np.cumsum(column)])
-                out.append(events.cache["sum", c][hi] - events.cache["sum", c][lo])
+                out.append(runs.summed(column, events.cache.setdefault(("sum", c), []), lo, hi))
         return out, last
 
 

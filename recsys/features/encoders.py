@@ -367,11 +367,12 @@ def spread_of(x: np.ndarray) -> float:
 
 
 def as_float(value: Any) -> float:
-    """One raw value as a float; NaN where it is none."""
+    """One raw value as a float; NaN where it is none, or none that float32 can hold: an infinite amount would stay in a sum for ever."""
     try:
-        return math.nan if isinstance(value, str) and "_" in value else float(value)
+        x = math.nan if isinstance(value, str) and "_" in value else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+    return x if abs(x) <= _LARGEST else math.nan
 
 
 def as_floats(values: Any) -> np.ndarray:

@@ -18,7 +18,8 @@ from recsys.core import fits_a_key, load_arrow, save_arrow
 from recsys.data.columns import ColumnConfig
 from recsys.features import fitting
 from recsys.features.aggregates import DAY_S, Aggregates
-from recsys.features.encoders import as_floats, spelled, splitter
+from recsys.features.catalogue import numbers_of
+from recsys.features.encoders import spelled, splitter
 from recsys.features.fitting import Frame
 
 Side = Literal["user", "item"]
@@ -61,7 +62,7 @@ class TextColumn:
 
 @dataclass(frozen=True)
 class KeyColumns:
-    """The columns of users and items that aggregates read: side -> name -> column; numbers (N,) float64, NaN where missing."""
+    """The columns of users and items that aggregates read: side -> name -> column; numbers (N,) float64, NaN where missing or out of range."""
 
     texts: dict[str, dict[str, TextColumn]] = field(default_factory=lambda: {"user": {}, "item": {}})
     numbers: dict[str, dict[str, np.ndarray]] = field(default_factory=lambda: {"user": {}, "item": {}})
@@ -78,7 +79,7 @@ class KeyColumns:
                     continue
                 values = fitting.column_of(frame, name, side)
                 if column.kind == "number":
-                    numbers[side][name] = as_floats(values)
+                    numbers[side][name] = numbers_of(column, values)
                 else:
                     texts[side][name] = TextColumn.of(text_of(column, values))
         return cls(texts, numbers)

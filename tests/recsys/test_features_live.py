@@ -276,6 +276,7 @@ def test_the_ranker_learns_from_the_aggregates(served):
         ),
         ({"kind": "first", "key": ["user", "colour"]}, "lists 'item' by 'colour': a ranker takes lists of a user"),
         ({"kind": "ratio", "parts": ["price", "nothing"]}, "is made of 'nothing', which is neither a number column nor an aggregate"),
+        ({"kind": "ratio", "parts": ["price", "heat"]}, "is made of 'heat', a column of the context; take columns of users and items"),
         ({"kind": "concat", "parts": ["country", "colour"]}, "that would be an embedding a pair"),
         ({"kind": "count", "key": "user", "window": "soon"}, "'soon' is no duration; write a number and s, m, h or d"),
         ({"kind": "count", "key": "user", "prior": 0.5}, "'prior' is not a parameter of kind 'count'; it belongs to rate"),
@@ -288,7 +289,7 @@ def test_the_ranker_learns_from_the_aggregates(served):
 def test_a_declaration_that_makes_no_sense_is_refused_with_a_sentence(tmp_path, aggregate, sentence):
     write_data(tmp_path, users=4)
     with pytest.raises(ConfigError) as raised:
-        config_of(tmp_path, f"features.aggregates={json.dumps({'mine': aggregate})}")
+        config_of(tmp_path, f"features.aggregates={json.dumps({'mine': aggregate})}", "data.interactions.context.heat=number")
     assert sentence in str(raised.value)
 
 

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.core import Vocabulary
+from recsys.data.columns import ColumnConfig
 from recsys.data.interactions import SHOWN, Interactions
+from recsys.features import runs
 from recsys.features.aggregates import AggregateConfig
 from recsys.features.asof import AsOf
 from recsys.features.counting import by_name
@@ -217,3 +219,60 @@ def same_state(group, a, b):
 def test_hours_and_weekdays_of_one_time_are_those_of_many(n):
     for part in ("hour", "weekday"):
         assert clock_text(part, n, 8 * HOUR) == str(clock_codes(part, np.array([n]), 8 * HOUR)[0])
+
+
+# ---- numbers that are not small ---------------------------------------------------------------------------------------
+
+
+def of_two_users(values: dict[str, list[float]]) -> tuple[AsOf, int]:
+    """A log in which u0 does something first, then u1: each event has a value and is of i0; and its number of events."""
+    rows = [(u, 0, 600 * n, True, "", value, 0) for u, said in enumerate(values.values()) for n, value in enumerate(said)]
+    log = log_of([(u, i, t + 10_000 * u, *rest) for u, i, t, *rest in rows], impressions=False)
+    total = {"total": AggregateConfig.model_validate({"kind": "sum", "key": "user"}), "mean": AggregateConfig(kind="mean", key=("user",))}
+    plan = compiled(total, priors={}, lateness_s=LATE_S, offset_s=0, gap_s=GAP_S)
+    return AsOf(plan, log, COLUMNS, np.ones(len(log), bool)), len(log)
+
+
+def test_a_sum_loses_nothing_to_larger_ones_of_other_keys():
+    """u1's 2.5 and 4 come after u0's 1e20: as a difference of sums over both users they would be 0."""
+    asof, n = of_two_users({"u0": [1e20, 1.0], "u1": [2.5, 4.0, 8.0]})
+    raw = asof.values(asof.at_rows(np.arange(n)))
+    np.testing.assert_allclose(raw["total"], [0, 1e20, 0, 2.5, 6.5])
+    np.testing.assert_allclose(raw["mean"], [math.nan, 1e20, math.nan, 2.5, 3.25])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    amounts=st.lists(st.one_of(st.integers(-5, 5), st.floats(-1e30, 1e30)), max_size=33),
+    cuts=st.lists(st.tuples(st.integers(0, 33), st.integers(0, 33)), min_size=1, max_size=8),
+)
+def test_the_sum_of_a_run_is_that_of_its_own_amounts(amounts, cuts):
+    lo, hi = (np.array([min(end, len(amounts)) for end in ends]) for ends in zip(*map(sorted, cuts), strict=True))
+    tree: list[np.ndarray] = []
+    for _ in range(2):  # what is kept between calls
+        got = runs.summed(np.array(amounts, np.float64), tree, lo, hi)
+        for a, b, total in zip(lo.tolist(), hi.tolist(), got.tolist(), strict=True):
+            run = amounts[a:b]
+            assert total == pytest.approx(math.fsum(run), rel=1e-12, abs=1e-14 * sum(map(abs, run)))
+
+
+@pytest.mark.parametrize("told", ["inf", "-inf", 1e39, "1e400", "nan", 10**400])
+def test_a_number_that_float32_cannot_hold_is_missing_in_both_roads(told):
+    """The last event's number is what is asked about: 5 of the event before it is all that counts."""
+    sums = {"hot": AggregateConfig.model_validate({"kind": "sum", "key": "item", "of": "heat"})}
+    plan = compiled(sums, priors={}, lateness_s=LATE_S, offset_s=0, gap_s=GAP_S)
+    heat = [5.0, told, 0.0]
+    log = replace(log_of([(0, 0, n, True, "", None, 0) for n in range(3)], impressions=False), context={"heat": np.array(heat, object)})
+    asof, live = AsOf(plan, log, COLUMNS, np.ones(3, bool)), Stream(plan, USERS, ITEMS, COLUMNS)
+    for row in itertools.islice(rows_of(log, asof.told), 2):
+        live.apply(row)
+    assert asof.values(asof.at_rows(np.array([2])))["hot"].tolist() == [5.0]
+    assert live.values("u0", "i0", {}, Instant(log.time[2], 2)) == {"hot": 5.0}
+
+
+def test_numbers_out_of_their_columns_range_are_missing_to_aggregates():
+    """-1 stands for no price in this table, and the column says so."""
+    columns = {"item": {"price": ColumnConfig(kind="number", min_value=0, max_value=100)}}
+    spent = {"spent": AggregateConfig.model_validate({"kind": "mean", "key": "user", "of": "price"})}
+    keys = KeyColumns.of(spent, columns, {}, {"price": [3.0, -1.0, 101.0, 100.0]})
+    np.testing.assert_array_equal(keys.numbers["item"]["price"], [3.0, math.nan, math.nan, 100.0])
