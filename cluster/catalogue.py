@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import orjson
 import pandas as pd
 import typer
 from rich.console import Console
@@ -27,6 +28,8 @@ from recsys.features.live_items import ItemChange, checked
 Side = Literal["items", "users"]
 SHOWN = 5
 """Refused rows that are told one by one."""
+LONGEST_TITLE = 1_000
+"""Characters, as PUT /v1/items takes them."""
 
 
 class Rows(NamedTuple):
@@ -42,16 +45,24 @@ def upsert(config: Config, side: Side, path: Path, console: Console) -> None:
     if side == "items":
         _change(config, [ItemChange(one, columns, title) for one, columns, title in rows.taken])
     else:
-        _profiles(config, {one: columns for one, columns, _ in rows.taken})
+        profiles: dict[str, dict[str, Any]] = {}
+        for one, columns, _ in rows.taken:  # JSON lines may tell of a user twice, with other columns
+            profiles.setdefault(one, {}).update(columns)
+        _profiles(config, profiles)
     _tell(console, side, "upserted", rows)
 
 
 def delete(config: Config, side: Side, path: Path, console: Console) -> None:
     """Rows by id: items are never shown again, profiles are forgotten. A file .txt has one id a line."""
     if path.suffix == ".txt":
-        check_present(path, side)
-        ids = [text for line in path.read_text("utf-8").splitlines() if (text := line.strip())]
-        rows = Rows([(one, {}, None) for one in ids], [])
+        rows = Rows([], [])
+        for n, line in enumerate(_lines(path, side), 1):
+            if not (one := line.strip()):
+                continue
+            if why := _unfit_id(one, config):
+                rows.refused.append(f"Line {n}: {why}")
+            else:
+                rows.taken.append((one, {}, None))
     else:
         rows = rows_of(config, side, path, ids_alone=True)
     if side == "items":
@@ -89,19 +100,23 @@ def rows_of(config: Config, side: Side, path: Path, *, ids_alone: bool = False) 
         if not one:
             rows.refused.append(f"Row {n} has no id in column '{key}'.")
             continue
+        if why := _unfit_id(cells[key], config):
+            rows.refused.append(f"Row {n}: {why}")
+            continue
         given = {name: _cell(c, _value(cells[source])) for name, c in declared.items() if (source := c.source(name)) in cells}
         try:
-            shown = _value(cells.get(title)) if side == "items" else None
-            rows.taken.append((one, checked(given, declared, whose=side[:-1]), None if shown is None else str(shown)))
-        except RequestError as error:
+            shown = _title(_value(cells.get(title))) if side == "items" else None
+            columns = checked(given, declared, whose=side[:-1])
+            orjson.dumps([columns, shown])
+            rows.taken.append((one, columns, shown))
+        except (RequestError, orjson.JSONEncodeError) as error:
             rows.refused.append(f"Row {n}, '{one[:80]}': {error}")
     return rows
 
 
 def _records(path: Path, table: TableConfig, side: Side, key: str, sources: Mapping[str, str]) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        check_present(path, side)
-        return [_object(path, n, line, key) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+        return [_object(path, n, line, key) for n, line in enumerate(_lines(path, side), 1) if line.strip()]
     needs = {key: Need(f"{side}.id", text=True)}
     needs |= {source: Need(f"{side}.columns.{name}", text=True, optional=True) for name, source in sources.items()}
     needs.setdefault(table.title or "title", Need(f"{side}.title", text=True, optional=True))
@@ -110,14 +125,44 @@ def _records(path: Path, table: TableConfig, side: Side, key: str, sources: Mapp
     return rows
 
 
+def _lines(path: Path, side: Side) -> list[str]:
+    check_present(path, side)
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        text = f"'{path}': the byte 0x{fault.object[fault.start]:02X} at offset {fault.start} is not UTF-8. Save it as UTF-8; nothing was changed."
+        raise DataError(text) from fault
+
+
 def _object(path: Path, n: int, line: str, key: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise DataError(f"'{path}': line {n} is not JSON ({fault}). Expected one object a line; nothing was changed.") from fault
     if not isinstance(row, dict) or key not in row:
         raise DataError(f"'{path}': line {n} is {line.strip()[:60]}, expected an object with '{key}'. Nothing was changed.")
     return row
+
+
+def _unfit_id(cell: Any, config: Config) -> str:
+    """Why the id in a cell is refused, as a request's would be; "" where it is not. No event could name such an item or user."""
+    one, most = canonical_id(cell), config.serve.limits.id_bytes
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+        return f"{one[:60]} is no id; expected a text or a number."
+    if "\0" in one:
+        return f"the id {one[:60]!r} holds a NUL character; take another."
+    try:
+        size = len(one.encode())
+    except UnicodeEncodeError:
+        return f"the id {one[:60]!r} holds bytes that are no UTF-8. Write text as UTF-8."
+    return f"the id '{one[:60]}' has {size:,} bytes; at most {most:,} are taken (serve.limits.id_bytes)." if size > most else ""
+
+
+def _title(cell: Any) -> str | None:
+    """A title as text. RequestError where it is none, or longer than a request's may be."""
+    if isinstance(cell, list | dict) or len(text := "" if cell is None else str(cell)) > LONGEST_TITLE:
+        raise RequestError("invalid_value", f"the title is {str(cell)[:60]}; expected a text of at most {LONGEST_TITLE:,} characters.")
+    return None if cell is None else text
 
 
 def _value(cell: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from cluster.catalogue import rows_of
 from cluster.cli import app
 from cluster.embedded import EmbeddedValkey
 from cluster.redis_items import RedisItemLog
@@ -82,6 +84,58 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     assert """line 1 is {"name": "x"}, expected an object with 'sku'. Nothing was changed.""" in told
     (folder / "odd.jsonl").write_text('{"sku": "x"}\n\n{"sku": y}\n')
     assert "line 3 is not JSON (Expecting value: line 1 column 9" in run(folder, "items", "upsert", str(folder / "odd.jsonl")).output
+
+
+def test_a_user_told_of_twice_in_a_file_keeps_what_each_line_says(folder: Path) -> None:
+    config = config_of(folder)
+    small = folder / "small.yaml"
+    small.write_text(small.read_text().replace("{country: category}", "{country: category, city: category}"))
+    (folder / "people.jsonl").write_text('{"uid": "u1", "country": "be"}\n{"uid": "u1", "city": "gent"}\n{"uid": "u1", "city": "brugge"}\n')
+    assert "3 users upserted" in run(folder, "users", "upsert", str(folder / "people.jsonl")).output
+
+    async def profile(url: str):
+        store = RedisStore(url, config.store, config.history)
+        (state,) = await store.read(["u1"], timeout_s=5)
+        await store.close()
+        return state.profile
+
+    with EmbeddedValkey(config.place("store")) as server:
+        assert asyncio.run(profile(server.url)) == {"country": "be", "city": "brugge"}
+
+
+def test_what_a_request_would_refuse_is_refused_of_a_file_row_by_row(folder: Path) -> None:
+    rows = {
+        '{"sku": ["a"]}': "['a'] is no id; expected a text or a number.",
+        '{"sku": true}': "True is no id; expected a text or a number.",
+        '{"sku": "a\\u0000b"}': "the id 'a\\x00b' holds a NUL character; take another.",
+        '{"sku": "\\ud800"}': "the id '\\ud800' holds bytes that are no UTF-8.",
+        json.dumps({"sku": "x" * 257}): "has 257 bytes; at most 256 are taken (serve.limits.id_bytes).",
+        '{"sku": "t1", "name": ["x"]}': "'t1': the title is ['x']; expected a text of at most 1,000 characters.",
+        json.dumps({"sku": "t2", "name": "x" * 1_001}): "expected a text of at most 1,000 characters.",
+        '{"sku": "t3", "name": "\\ud800"}': "'t3': str is not valid UTF-8",
+        '{"sku": "t4", "colour": "\\ud800"}': "'t4': str is not valid UTF-8",
+    }
+    (folder / "odd.jsonl").write_text("\n".join([*rows, '{"sku": "good", "name": "Good"}']))
+    found = rows_of(config_of(folder), "items", folder / "odd.jsonl")
+    assert found.taken == [("good", {}, "Good")]
+    for n, (said, words) in enumerate(zip(found.refused, rows.values(), strict=True), 1):
+        assert said.startswith(f"Row {n}")
+        assert words in said
+    (folder / "gone.txt").write_text("i2\n" + "x" * 257 + "\n")
+    done = run(folder, "items", "delete", str(folder / "gone.txt"))
+    assert done.exit_code == 2
+    assert "1 item deleted, 1 refused:" in done.output
+    assert "- Line 2: the id 'xxx" in done.output
+
+
+def test_a_file_that_is_no_text_or_nested_without_end_is_named(folder: Path) -> None:
+    for name in ("bad.jsonl", "bad.txt"):
+        (folder / name).write_bytes(b"i1\n\xff")
+        done = run(folder, "items", "delete", str(folder / name))
+        assert done.exit_code == 2
+        assert "the byte 0xFF at offset 3 is not UTF-8. Save it as UTF-8; nothing was changed." in done.output.replace("\n", "")
+    (folder / "deep.jsonl").write_text('{"sku": ' + "[" * 50_000 + "]" * 50_000 + "}")
+    assert "line 1 is not JSON" in run(folder, "items", "upsert", str(folder / "deep.jsonl")).output
 
 
 def test_rules_of_a_file_are_set_shown_and_cleared(folder: Path) -> None:
