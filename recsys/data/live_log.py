@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data import event_files, live_context
+from recsys.data import event_files, live_columns
 from recsys.data.columns import FROM_TIME
 from recsys.data.interactions import SHOWN, Interactions
 from recsys.data.sources import IMPRESSION, DataConfig, LogColumns, is_positive
@@ -49,7 +49,7 @@ def read(root: str) -> pa.Table:
 
 
 def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Sequence[str], like: pa.Schema) -> pa.Table:
-    """Live events as raw rows of the log whose columns are `like`, or texts where a context column cannot hold them. Where the log holds no
+    """Live events as raw rows of the log whose columns are `like`, or texts where a column cannot hold them. Where the log holds no
     impressions and names no events, they are left out.
 
     What a user did in a log that names no events is told apart by TYPE, as the service does: a view enters no history, in neither road.
@@ -59,7 +59,11 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
         events = events.filter(pc.not_equal(events["event"], IMPRESSION))
     contexts = _contexts(events["context"])
     names = events["event"].to_pylist()
-    out: dict[str, Any] = {columns.user: events["user_id"], columns.item: events["item_id"]}
+    texts = {columns.user: events["user_id"], columns.item: events["item_id"]}
+    if columns.event.column is not None:
+        texts[columns.event.column] = events["event"]
+    said = {name: live_columns.exactly(told.to_pylist(), like.field(name).type) for name, told in texts.items()}
+    out: dict[str, Any] = {}
     if columns.time is None:
         raise DataError(
             "interactions.live: the log has no time, so nobody knows where live events belong in it. Declare interactions.time."
@@ -67,16 +71,13 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
     out[columns.time] = _times(events["time_ms"], columns.time_unit, like.field(columns.time).type)
     if columns.value is not None:
         out[columns.value] = events["value"]
-    if columns.event.column is not None:
-        out[columns.event.column] = events["event"]
-    said: dict[str, pa.ChunkedArray] = {}
     for name, column in log.context.items():
         source = column.source(name)
         if column.kind not in FROM_TIME and source in like.names and source not in {*out, *said}:
-            said[source] = live_context.column_of([c.get(name) for c in contexts], column, like.field(source).type)
+            said[source] = live_columns.column_of([c.get(name) for c in contexts], column, like.field(source).type)
     for name in keep:
         if name in like.names and name not in {*out, *said}:
-            said[name] = live_context.fitting([_text(c.get(name)) for c in contexts], like.field(name).type)
+            said[name] = live_columns.fitting([_text(c.get(name)) for c in contexts], like.field(name).type)
     for number, (name, rule) in enumerate(config.labels.items()):
         if rule.column not in {*out, *said}:
             hits = np.array([is_positive(e, config.refusals) if number == 0 else (e == name) for e in names], bool)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.core import UNKNOWN, fits_a_key
-from recsys.data import cleaning, live_context, live_log
+from recsys.data import cleaning, live_columns, live_log
 from recsys.data.cleaning import Account, Coded
 from recsys.data.columns import FROM_TIME
 from recsys.data.formats import Need, Raw, format_of, read
@@ -53,7 +53,7 @@ def read_log(config: DataConfig, resolve: Resolver, keep: Sequence[str], account
         told = as_rows(live_log.read(str(resolve(log.live))), config, columns, keep, table.schema)
         for name in told.column_names:
             if name in table.column_names and cleaning.is_text(told[name]) and not cleaning.is_text(table[name]):
-                table = table.set_column(table.column_names.index(name), name, live_context.as_texts(table[name]))
+                table = table.set_column(table.column_names.index(name), name, live_columns.as_texts(table[name]))
         table = pa.concat_tables([table, told], promote_options="permissive")
         if live_log.TYPE in table.column_names:  # rows of files have none, and are of the default
             columns = columns._replace(event=columns.event.model_copy(update={"column": live_log.TYPE}))

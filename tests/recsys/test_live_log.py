@@ -250,6 +250,24 @@ def test_a_context_that_the_files_type_cannot_hold_is_learnt_as_it_is_counted(tm
     assert spelled(log.context["tab"][2]) == key_text(sent)
 
 
+@pytest.mark.parametrize(
+    ("who", "known"),
+    [
+        (["7", "9"], ["7", "8", "7", "9"]),
+        (["7", "abc"], ["7", "8", "7", "abc"]),
+        (["7", "007"], ["7", "8", "7", "007"]),
+        (["7", "99999999999999999999"], ["7", "8", "7", "99999999999999999999"]),
+    ],
+)
+def test_ids_of_live_events_need_not_be_of_the_files_type(tmp_path, who, known):
+    """Users are whole numbers in the file. 7 is who he was, 007 is somebody else, as in service; nobody's id stops a training."""
+    pd.DataFrame({"user_id": [7, 8], "item_id": [1, 2], "ts": [1, 2]}).to_parquet(tmp_path / "log.parquet")
+    told = [Told(user, f"i{n}", n) for n, user in enumerate(who, 3)]
+    log = loaded(tmp_path, {"path": "log.parquet", "time": "ts"}, told).interactions
+    assert log.users.outside(log.user) == known
+    assert log.items.outside(log.item) == ["1", "2", "i3", "i4"]
+
+
 def test_tags_and_numbers_of_a_context_are_those_that_the_service_reads(tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id,ts,moods,hours\nu,a,1,calm,2\n")
     context = {"moods": {"kind": "tags"}, "hours": {"kind": "number"}}

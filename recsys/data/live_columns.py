@@ -1,4 +1,4 @@
-"""What live events say of the log's context columns, as the service reads it: a value has one spelling in both roads.
+"""What live events say of the log's ids, event types and context, as the service reads it: a value has one spelling in both roads.
 
 A file keeps one type a column, and clients send what they like: 5.0 for 5, true, a word where the files have numbers. It was accepted and
 counted, so it must be learnt from as well; one odd value must not stop every training that comes after it.
@@ -28,13 +28,20 @@ def column_of(values: Sequence[Any], column: ColumnConfig, wanted: pa.DataType) 
     the log's own `as_texts`."""
     texts = pa.array([_text(value, column) for value in values], pa.string())
     told = pa.chunked_array([texts])
-    if is_text(pa.chunked_array([], wanted)):
-        return told.cast(wanted.value_type).dictionary_encode() if pa.types.is_dictionary(wanted) else told.cast(wanted)
     if column.kind in _NUMBERS and (pa.types.is_integer(wanted) or pa.types.is_floating(wanted)):
         return pa.chunked_array([pa.array(to_numbers(told), pa.float64(), from_pandas=True)])
     if pa.types.is_list(wanted) or pa.types.is_large_list(wanted):
         return fitting([None if text is None else text.split(column.splits_on) for text in texts.to_pylist()], wanted)
-    held = fitting(texts.to_pylist(), wanted)
+    return exactly(texts.to_pylist(), wanted)
+
+
+def exactly(texts: Sequence[str | None], wanted: pa.DataType) -> pa.ChunkedArray:
+    """(n,) texts as a column of the log whose type is `wanted`; as they are where one of them is no value of it, such as the user `abc` or
+    `007` among whole numbers, to be put behind the log's own `as_texts`."""
+    told = pa.chunked_array([pa.array(texts, pa.string())])
+    if is_text(pa.chunked_array([], wanted)):
+        return told.cast(wanted.value_type).dictionary_encode() if pa.types.is_dictionary(wanted) else told.cast(wanted)
+    held = fitting(texts, wanted)
     return held if as_texts(held).equals(told) else told
 
 
