@@ -266,7 +266,7 @@ class Rules:
 
     def _explored(self, queries: Queries, start: Candidates, before: _Filled, wishes: Sequence[Wishes | None]) -> _Filled:
         """Each place from `first_place` on that has no pin goes, with probability `share`, to one of the candidates that are not
-        on the page, each as likely as the other.
+        on the page, each as likely as the other. The page is the query's own: others of its batch may ask for deeper ones.
 
         The draw hangs on the user and the instant alone, so every process draws alike. chance: of M candidates beside the page each
         stands at such a place with probability share / M, who stood there stays with 1 - share; and both times the probability that
@@ -278,11 +278,12 @@ class Rules:
         reasons, chance = before.reasons.copy(), before.chance.copy()
         slots = np.tile(np.arange(page.width), (len(page), 1))
         for b in range(len(page)):
-            on_page = set(page.items[b].tolist())
+            own = min(int(queries.k[b]), int((page.items[b] != UNKNOWN).sum()))
+            on_page, behind = set(page.items[b, :own].tolist()), {int(item): n for n, item in enumerate(page.items[b]) if n >= own}
             rest = [n for n, item in enumerate(start.items[b].tolist()) if item not in on_page and item != UNKNOWN]
-            places = [n for n in range(c.first_place - 1, int((page.items[b] != UNKNOWN).sum())) if reasons[b, n] != PINNED]
+            places = [n for n in range(c.first_place - 1, own) if reasons[b, n] != PINNED]
             drawable, rng = len(rest), np.random.default_rng(id_hash(f"{queries.user_ids[b]}\0{float(queries.at[b])!r}"))
-            share, standing = self._share(start, b), page.items[b].copy()
+            share, standing = self._share(start, b), page.items[b, :own].copy()
             mmr = self.mmr.under(w.caps if (w := wishes[b]) is not None else None)
             for number, place in enumerate(places):
                 drawn, one = rng.random() < share, rng.random()
@@ -297,7 +298,10 @@ class Rules:
                     chance[b, place], reasons[b, place] = given / drawable, EXPLORED
                     chosen = open_[int(one * len(open_))]
                     rest.remove(chosen)
-                    slots[b, place], standing[place] = page.width + chosen, start.items[b, chosen]
+                    item = int(start.items[b, chosen])
+                    if item in behind:  # so that no item stands twice
+                        slots[b, behind[item]] = place
+                    slots[b, place], standing[place] = page.width + chosen, item
         return _Filled(_page_of(_beside(page, start), slots), reasons, chance)
 
     def _share(self, start: Candidates, b: int) -> float:

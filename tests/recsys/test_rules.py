@@ -271,6 +271,30 @@ def test_the_draw_is_the_same_in_every_process_and_batch():
         assert alone.items[0].tolist() == together.items[b].tolist()
 
 
+@pytest.mark.parametrize("caps", [(), (CapConfig(column="c", at_most=1, window=2),)])
+def test_a_page_is_explored_as_by_itself_where_others_of_its_batch_are_deeper(caps):
+    """Two places of 6 candidates leave 4 to draw from, though whoever asks for 6 leaves none: .5 / 4 at the first place."""
+    made = Rules(
+        RulesConfig(explore=ExploreConfig(share=0.5, first_place=1)),
+        MMRConfig(lambda_=1.0, caps=caps).build(None, {"c": np.arange(1, 21)}),
+        known(),
+        None,
+    )
+    explored = 0
+    for t in range(40):
+        queries = replace(queries_of([], []), k=np.array([2, 6], np.int32), at=np.array([float(t)] * 2))
+        alone = made.rerank(queries.take([0]), candidates_of([[0, 1, 2, 3, 4, 5]]), 2)
+        together = made.rerank(queries, candidates_of([[0, 1, 2, 3, 4, 5]] * 2), 6)
+        assert together.items[0, :2].tolist() == alone.items[0].tolist()
+        assert sorted(together.items[0].tolist()) == [0, 1, 2, 3, 4, 5], "no item twice, and none lost"
+        chance, deep = together.trail[RULES][1]
+        assert chance[:2].tolist() == alone.trail[RULES][1][0].tolist()
+        assert chance[0] == pytest.approx(0.5 if together.items[0, 0] == 0 else 0.5 / 4)
+        assert deep.tolist() == [1.0] * 6
+        explored += int(together.items[0, 0] != 0)
+    assert 8 < explored < 32, "half of the time; four standard deviations"
+
+
 # ---- all together -----------------------------------------------------------------------------------------------------
 
 
