@@ -17,7 +17,7 @@ from typing import Any, Literal
 from recsys.config import Config
 from recsys.data.paths import resolver
 
-STATE_FORMAT = "11"
+STATE_FORMAT = "12"
 """Part of every state folder's name: raised when what is written there changes."""
 NOT_LEARNT_FROM = {
     "name",
