@@ -20,6 +20,7 @@ class Told(NamedTuple):
     value: float | None = None
     context: dict[str, str] | None = None
     request_id: str | None = None
+    event_id: str | None = None
 
 
 def archive(root: Path, told: Sequence[Told], *, partitions: int = 2) -> None:
@@ -36,7 +37,7 @@ def archive(root: Path, told: Sequence[Told], *, partitions: int = 2) -> None:
                     t.event,
                     round(t.time_s * 1000),
                     t.value,
-                    f"{t.user}-{t.item}-{t.time_s}-{t.event}",
+                    t.event_id or f"{t.user}-{t.item}-{t.time_s}-{t.event}",
                     t.request_id,
                     t.context,
                 ),

@@ -28,7 +28,7 @@ REASONS = (
     "value out of range",
     "duplicate",
 )
-"""Why a row is left out. A duplicate repeats user, item, time and event of an earlier row."""
+"""Why a row is left out. A duplicate repeats user, item, time and event of an earlier row; of live rows, the event id as well."""
 
 _SECONDS: dict[str, float] = {"seconds": 1.0, "milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
 _UNIT_NAME: dict[TimeUnit, str] = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", "iso": "ISO text"}
@@ -185,8 +185,12 @@ def label(column: pa.ChunkedArray, rule: LabelConfig, *, key: str) -> np.ndarray
     return np.asarray((numbers >= bar) if bar is not None else (numbers > 0), np.float32)
 
 
-def duplicates(time: np.ndarray, *keys: np.ndarray) -> np.ndarray:
-    """(n,) bool: rows that repeat an earlier row's time and keys. `time` must be sorted; only rows that share a time are compared."""
+def duplicates(time: np.ndarray, *keys: np.ndarray, told: np.ndarray | None = None) -> np.ndarray:
+    """(n,) bool: rows that repeat an earlier row's time and keys. `time` must be sorted; only rows that share a time are compared.
+
+    `told` (n,): the number of an event id for rows that came in live, behind those of files at the same time; -1 for the files'. Live rows
+    repeat one another only by their id, as they are counted; they repeat a file's row, which was exported from them, without one.
+    """
     same = time[1:] == time[:-1]
     tied = np.zeros(len(time), bool)
     tied[1:] |= same
@@ -195,5 +199,10 @@ def duplicates(time: np.ndarray, *keys: np.ndarray) -> np.ndarray:
     out = np.zeros(len(time), bool)
     if len(at):
         frame = pd.DataFrame({"time": time[at], **{str(i): key[at] for i, key in enumerate(keys)}})
-        out[at] = frame.duplicated().to_numpy()
+        if told is None:
+            out[at] = frame.duplicated().to_numpy()
+        else:
+            mine = told[at]
+            first = frame.assign(told=mine).groupby(list(frame.columns), sort=False)["told"].transform("first").to_numpy()
+            out[at] = frame.assign(told=mine).duplicated().to_numpy() | ((mine >= 0) & (first < 0))
     return out

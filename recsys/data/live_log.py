@@ -28,6 +28,8 @@ TYPE = "type of a live event"
 """The column of `as_rows` that holds event types, where the log's files name none."""
 VALUE = "value of a live event"
 """Likewise its values, where the log's files have none."""
+TOLD = "number of a live event's id"
+"""Likewise a number for each event id: live rows that are alike but for it are several events."""
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -90,6 +92,7 @@ def as_rows(events: pa.Table, config: DataConfig, columns: LogColumns, keep: Seq
         cast[TYPE] = events["event"]
     if columns.value is None:
         cast[VALUE] = events["value"]
+    cast[TOLD] = pa.chunked_array([events["event_id"].combine_chunks().dictionary_encode().indices])
     return pa.table(cast)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys.core import UNKNOWN, fits_a_key
 from recsys.data import cleaning, live_columns, live_log
@@ -149,7 +150,8 @@ def clean(log: RawLog, config: InteractionsConfig, now: float, account: Account)
     if columns.time is not None:
         # A log that names no events may hold a live one under another type: what it is called does not tell them apart there.
         kinds = event if columns.event.column != live_log.TYPE else np.zeros_like(event)
-        again = cleaning.duplicates(time[order], user.codes[order], item.codes[order], kinds[order], parts[order])
+        told = pc.fill_null(table[live_log.TOLD], UNKNOWN).to_numpy()[order] if live_log.TOLD in table.column_names else None
+        again = cleaning.duplicates(time[order], user.codes[order], item.codes[order], kinds[order], parts[order], told=told)
         account.dropped["duplicate"] = int(again.sum())
         order = order[~again]
     if not len(order):

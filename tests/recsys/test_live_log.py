@@ -46,6 +46,23 @@ def test_live_events_follow_the_log_in_order_of_time_and_known_ones_are_dropped(
     assert data.account.dropped["duplicate"] == 1
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_live_events_of_one_instant_are_told_apart_by_their_ids(tmp_path, named):
+    """A batch that names no time has one: b was seen and clicked, c clicked twice and one of these told again. The files hold a's click."""
+    (tmp_path / "log.csv").write_text("user_id,item_id,ts,what\nu,a,100,click\nu,a,100,click\n")
+    clicks = [Told("u", "c", 300, event_id=name) for name in ("e1", "e2", "e1")]
+    told = [
+        Told("u", "a", 100, event_id="e8"),
+        Told("u", "a", 100, event_id="e9"),
+        Told("u", "b", 200, "view"),
+        Told("u", "b", 200),
+        *clicks,
+    ]
+    data = loaded(tmp_path, {"path": "log.csv", "time": "ts"} | ({"event": {"column": "what"}} if named else {}), told)
+    assert rows(data) == [("u", "a", 100.0), ("u", "b", 200.0), ("u", "b", 200.0), ("u", "c", 300.0), ("u", "c", 300.0)]
+    assert data.account.dropped["duplicate"] == 4
+
+
 @pytest.mark.parametrize(("unit", "first"), [("s", "100"), ("ms", "100000"), ("us", "100000000"), ("iso", "1970-01-01T00:01:40Z")])
 def test_times_are_in_the_logs_unit(tmp_path, unit, first):
     (tmp_path / "log.csv").write_text(f"user_id,item_id,ts\nu,a,{first}\n")
