@@ -27,7 +27,7 @@ from cluster.registry_url import open_registry
 from cluster.steps import fetch, prepare
 from cluster.taken import NOTHING, Positions, Taken, marks, taken_in
 from cluster.trainers import say, trainer
-from cluster.workdir import NOT_LEARNT_FROM, state, state_key
+from cluster.workdir import NOT_LEARNT_FROM, Passing, state, state_key
 from recsys import impressions, packing
 from recsys.config import Config
 from recsys.continued import Continued
@@ -100,12 +100,15 @@ def retrain(
         sentence = f"{same} has taken these {len(new):,} events already" + (" and is production now" if promote else "")
         return done(same, promoted=promote, new=len(new), warm=False, verdict=None, sentence=sentence)
 
+    passing = Passing(config)
+    passing.sweep()
     fetch(config, console)
-    config, cut = _with_live(config, held, new)
+    config, cut = _with_live(config, held, new, passing)
     folder = registry.local_copy(serving)
     prepared, data_key = prepare(config, console, split=cut, like=None if anew else folder / "features")
+    passing.mark(state(config, "data", data_key))
     to_follow = Serving(serving, folder, _fresh(prepared, new, folder), _pages(config, prepared, held))
-    steps, warm, why = _steps(config, prepared, data_key, to_follow, console, anew=anew)
+    steps, warm, why = _steps(config, prepared, data_key, to_follow, console, passing=passing, anew=anew)
     console.print(
         f"{len(new):,} new events since {serving}; " + ("going on from its weights" if warm else f"fitting anew: {why}"), highlight=False
     )
@@ -116,6 +119,7 @@ def retrain(
             f"{config.retrain.gate.at_least:g} standard errors. Look at the new events, or change retrain.gate."
         )
     version = _publish(registry, steps, now, verdict, console, since=serving, more={"events": len(held), "warm": warm})
+    passing.clear()
     if promote:
         registry.promote(version)
     sentence = f"{version}{' is production' if promote else ' is published, not promoted'}: {verdict.sentence()}"
@@ -160,11 +164,10 @@ def _published(registry: Registry, serving: str, now: Taken) -> str | None:
     return None
 
 
-def _with_live(config: Config, held: pa.Table, new: pa.Table) -> tuple[Config, SplitConfig]:
+def _with_live(config: Config, held: pa.Table, new: pa.Table, passing: Passing) -> tuple[Config, SplitConfig]:
     """The configuration whose log goes on with these events, frozen in a file of the state; and the cuts among the new ones."""
     digest = state_key(*(held[name].to_pylist() for name in ("partition", "position", "event_id")))
-    folder = state(config, "data", f"live-{digest}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = passing.mark(state(config, "data", f"live-{digest}"))
     file = folder / "events.parquet"
     if not file.exists():
         unfinished = folder / ".unfinished"
@@ -230,7 +233,7 @@ def _pages(config: Config, prepared: Prepared, held: pa.Table) -> Pages | None:
 
 
 def _steps(
-    config: Config, prepared: Prepared, data_key: str, serving: Serving, console: Console, *, anew: bool
+    config: Config, prepared: Prepared, data_key: str, serving: Serving, console: Console, *, passing: Passing, anew: bool
 ) -> tuple[Recipe, bool, str]:
     """The recipe in force: it goes on from the serving version where that can be; else it begins anew, and why."""
     fresh = serving.fresh
@@ -240,8 +243,8 @@ def _steps(
 
     def places(*more: str) -> tuple[Path, str]:
         key = state_key(data_key, document, config.retrain.model_dump(mode="json"), *more)
-        storage = f"{config.root}/runs/{key}" if "://" in config.root else str(state(config, "runs", key))
-        return state(config, "examples", key), storage
+        storage = f"{config.root}/runs/{key}" if "://" in config.root else str(passing.mark(state(config, "runs", key)))
+        return passing.mark(state(config, "examples", key)), storage
 
     examples, storage = places(serving.version)
     warm = Continued(

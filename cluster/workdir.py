@@ -1,7 +1,8 @@
 """The folders of a workdir, each named by what made its content.
 
 A change of data or of a key that matters gives another folder, so nothing stale is reused. Of the code, only STATE_FORMAT
-counts: who changes what is trained or written raises it. Old folders stay until somebody deletes them; none is needed.
+counts: who changes what is trained or written raises it. Old folders stay until somebody deletes them; none is needed. What a retrain
+writes beside its version goes with it (see `Passing`): it comes every day, and nothing would use it again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +64,38 @@ def state(config: Config, part: Literal["data", "examples", "runs"], key: str) -
     if "://" in config.root:
         return Path(tempfile.gettempdir()) / f"rayfunnel-{state_key(config.root)}" / part / key
     return Path(config.place(part)) / key
+
+
+class Passing:
+    """Folders of the state that one run needs and no later one: removed when it is done, or by a later run when it never was.
+
+    A run that is repeated after a kill finds what it had made: they stay for a day after their last use.
+    """
+
+    MARK = ".passing"
+    KEPT_S = 86_400.0
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._own = config, list[Path]()
+
+    def mark(self, folder: Path) -> Path:
+        """Take a folder for this run's own; it is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.MARK).touch()
+        self._own.append(folder)
+        return folder
+
+    def clear(self) -> None:
+        """Remove this run's folders."""
+        for folder in self._own:
+            shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed costs disk, and the run has succeeded
+
+    def sweep(self) -> None:
+        """Remove those of runs that nobody has gone on with for a day."""
+        parts: tuple[Literal["data", "examples", "runs"], ...] = ("data", "examples", "runs")
+        for mark in [m for part in parts for m in state(self._config, part, "").glob(f"*/{self.MARK}")]:
+            if mark.stat().st_mtime < time.time() - self.KEPT_S:
+                shutil.rmtree(mark.parent, ignore_errors=True)  # likewise
 
 
 def settle(unfinished: Path, folder: Path) -> bool:

@@ -1,7 +1,9 @@
 """`rayfunnel retrain`: new events to a promoted version, refused by the gate, repeated, killed, with new ids and other features."""
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from cluster import retrain as retraining
 from cluster.registry import Registry
 from cluster.retrain import retrain, taken_by
 from cluster.taken import ELSEWHERE, TAKEN, covered, taken_in
+from cluster.workdir import Passing
 from recsys.config import Config
 from recsys.data import event_files
 from recsys.errors import BundleError, DataError, RetrainRefusedError
@@ -167,6 +170,29 @@ def test_a_version_that_is_worse_is_refused_and_the_serving_one_stays(at):
     assert registry(config).versions() == [serving]
     # What was refused counts as new until a version has it.
     assert retrain(config_of(at, TOLERANT), console()).new_events == 240
+
+
+def test_a_retrain_leaves_its_version_and_no_folders(at):
+    """One that was refused may be repeated: what it made stays for a day."""
+
+    def folders() -> set[Path]:
+        return {folder for part in ("data", "examples", "runs") for folder in (Path(config_of(at).root) / part).glob("*")}
+
+    before = folders()
+    archive(Path(config_of(at).place("events")), new_events())
+    with pytest.raises(RetrainRefusedError):
+        retrain(config_of(at, "retrain.gate.at_least=100"), console())
+    refused = folders() - before
+    assert len(refused) >= 4, "the events, the log, examples and checkpoints"
+    retrain(config_of(at, TOLERANT), console())
+    left = folders() - before
+    assert left, "of the refused one"
+    assert left < refused
+    archive(Path(config_of(at).place("events")), new_events(150, start=LATER + 100_000))
+    for folder in left:
+        os.utime(folder / Passing.MARK, (time.time() - 90_000,) * 2)
+    retrain(config_of(at, TOLERANT), console())
+    assert folders() == before
 
 
 def test_too_few_events_wait_for_more(at):
