@@ -147,7 +147,12 @@ class ItemsFollower:
         with self._noting:
             noted, self._noted = self._noted, Counter()
         if noted:
-            self._log.show(noted)
+            try:
+                self._log.show(noted)
+            except StoreError:
+                with self._noting:
+                    self._noted.update(noted)  # the store is away: they are handed on when it is back
+                raise
         shown = self._log.shown()
         with self._lock:
             for funnel in list(self._funnels):

@@ -382,15 +382,17 @@ class Funnel:
         row = self.items.row(item_id)
         if not self.shows(row):
             raise RequestError("unknown_item", f"Item '{item_id[:80]}' is not in version {self.version}.", field="item_id", status=404)
-        most = 2 * k + 10 if self.config.rules.blocks else k  # what is blocked goes, and others take its place
-        if self.delta is not None:
-            rows, scores = similar_items_now(row, most, self.delta, self._parts())
-        else:
-            rows, scores = similar_items(row, most, self.channels, self.vectors)
-        if most > k:
+        most = k
+        while True:
+            if self.delta is not None:
+                rows, scores = similar_items_now(row, most, self.delta, self._parts())
+            else:
+                rows, scores = similar_items(row, most, self.channels, self.vectors)
             free = ~self.blocked(rows)
-            rows, scores = rows[free][:k], scores[free][:k]
-        return list(zip(self.items.outside(rows), map(float, scores), strict=True))
+            if int(free.sum()) >= k or len(rows) < most:
+                break
+            most *= 4  # what is blocked goes, and others take its place
+        return list(zip(self.items.outside(rows[free][:k]), map(float, scores[free][:k]), strict=True))
 
     def shows(self, row: int) -> bool:
         """Whether an item may be shown: it is known, was not deleted and is not blocked by the rules."""

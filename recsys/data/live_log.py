@@ -40,7 +40,10 @@ def read(root: str) -> pa.Table:
     if not Path(root).exists():
         raise DataError(f"'{root}' does not exist. Expected a Parquet file of live events, or a folder of them.")
     if Path(root).is_dir() and not any(Path(root).rglob("*.parquet")):
-        raise DataError(f"'{root}' holds no event: no partition's manifest and no Parquet file lies in it. Is the ingestion running?")
+        raise DataError(
+            f"'{root}' holds no event: no partition's manifest and no Parquet file lies in it. Is the ingestion running? The first events come "
+            "after ingest.parquet_every_s (60 s)."
+        )
     try:
         table = pq.read_table(root, partitioning=None)
     except (pa.ArrowInvalid, OSError) as fault:

@@ -15,7 +15,7 @@ from deployments.edge import Edge
 from deployments.live_items import ItemsFollower
 from deployments.rollout import Rollout, loader
 from deployments.service import Service
-from recsys.errors import StoreUnavailableError
+from recsys.errors import StoreError, StoreUnavailableError
 from recsys.features.live_items import Changes, ItemChange, MemoryItemLog
 from recsys.features.store import MemoryStore
 from recsys.funnel import STAGES, Funnel, FunnelRequest
@@ -304,6 +304,25 @@ def test_what_was_shown_anywhere_is_known_everywhere(small: Small) -> None:
         follower.poll()
     assert log.shown() == {"new": 3, "i2": 1}
     assert funnel.exposures == {funnel.items.row("new"): 3}, "i2 is not new"
+
+
+def test_what_was_shown_while_the_store_is_away_is_told_when_it_is_back(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MemoryItemLog()
+    log.change([ItemChange("new", {"price": 1})])
+    follower = ItemsFollower(log, poll_s=3600)
+    follower.poll()
+
+    def away(_: object) -> None:
+        raise StoreError("away")
+
+    for shown in (["new"], ["new", "new"]):
+        follower.note(shown)
+        follower._counted_at -= 10
+        with monkeypatch.context() as store, pytest.raises(StoreError, match="away"):
+            store.setattr(log, "show", away)
+            follower.poll()
+    follower.poll()
+    assert log.shown() == {"new": 3}
 
 
 def test_versions_that_were_let_go_of_are_forgotten(small: Small) -> None:

@@ -359,6 +359,14 @@ def test_a_block_holds_in_recall_and_on_the_last_rung_and_costs_no_place(funnel:
     assert all(int(i[1:]) % 2 for i in names(funnel.page(queries, funnel.popular(queries))[0]))
 
 
+def test_neighbours_are_the_nearest_that_are_not_blocked_however_many_are(funnel: Funnel) -> None:
+    """Of i1's the 15 nearest are blocked: two others are asked for and given, in their order."""
+    near = [item for item, _ in funnel.similar("i1", 18)]
+    assert len(near) == 18
+    ruled(funnel, blocks=(MatchConfig(column="item_id", values=tuple(near[:15])),))
+    assert [item for item, _ in funnel.similar("i1", 2)] == near[15:17]
+
+
 def test_each_item_says_what_moved_it_and_how_probable_it_was(funnel: Funnel) -> None:
     last = names(shown(funnel, k=20))[-1]
     page_ = shown(funnel, k=5, pins=[(last, 1)], boosts=[(c, 100.0) for c in funnel.filters.parse({"item_id": "i33"}) or ()])
