@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -147,7 +148,7 @@ def _object(path: Path, n: int, line: str, key: str) -> dict[str, Any]:
 def _unfit_id(cell: Any, config: Config) -> str:
     """Why the id in a cell is refused, as a request's would be; "" where it is not. No event could name such an item or user."""
     one, most = canonical_id(cell), config.serve.limits.id_bytes
-    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float | Decimal) or (isinstance(cell, float) and math.isinf(cell)):
         return f"{one[:60]} is no id; expected a text or a number."
     if "\0" in one:
         return f"the id {one[:60]!r} holds a NUL character; take another."

@@ -7,6 +7,7 @@ writes beside its version goes with it (see `Passing`): it comes every day, and 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -14,12 +15,15 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Literal
 
 from recsys.config import Config
 from recsys.data.paths import resolver
 
+GONE = ".gone-"
+"""What a folder is called while it is removed."""
 STATE_FORMAT = "12"
 """Part of every state folder's name: raised when what is written there changes."""
 NOT_LEARNT_FROM = {
@@ -88,14 +92,27 @@ class Passing:
     def clear(self) -> None:
         """Remove this run's folders."""
         for folder in self._own:
-            shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed costs disk, and the run has succeeded
+            _remove(folder)
 
     def sweep(self) -> None:
         """Remove those of runs that nobody has gone on with for a day."""
         parts: tuple[Literal["data", "examples", "runs"], ...] = ("data", "examples", "runs")
-        for mark in [m for part in parts for m in state(self._config, part, "").glob(f"*/{self.MARK}")]:
-            if mark.stat().st_mtime < time.time() - self.KEPT_S:
-                shutil.rmtree(mark.parent, ignore_errors=True)  # likewise
+        for root in (state(self._config, part, "") for part in parts):
+            for mark in root.glob(f"*/{self.MARK}"):
+                with contextlib.suppress(FileNotFoundError):  # another run sweeps too
+                    if mark.stat().st_mtime < time.time() - self.KEPT_S:
+                        _remove(mark.parent)
+            for gone in root.glob(f"{GONE}*"):
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Away with a folder, at once by its name: one that is half removed would look whole to whoever comes by its key. What cannot be
+    removed costs disk, and nothing else."""
+    gone = folder.with_name(f"{GONE}{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def settle(unfinished: Path, folder: Path) -> bool:

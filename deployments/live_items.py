@@ -151,7 +151,7 @@ class ItemsFollower:
                 self._log.show(noted)
             except StoreError:
                 with self._noting:
-                    self._noted.update(noted)  # the store is away: they are handed on when it is back
+                    self._noted.update(noted)  # handed on when the store is back; twice, where only its answer was lost
                 raise
         shown = self._log.shown()
         with self._lock:

@@ -276,6 +276,23 @@ class FeatureStoreContract:
 
         self.run(scenario, length=4, seen=most)
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_of_one_instant_the_greatest_ids_by_bytes_stay(self, seed):
+        """Ids that share up to 200 bytes, one the beginning of another, some of two bytes a character; seven of forty stay."""
+        rng = random.Random(seed)
+        stem = "https://shop.example/é/" * 9
+        ids = list({stem[: rng.randrange(200)] + rng.choice(["", "a", "b", "é", "zz", stem[:40]]) for _ in range(60)})[:40]
+        newest = set(sorted(ids, key=str.encode)[-7:])
+
+        async def scenario(store):
+            await store.append([event("u", item, 9, f"r{item}", kind="hide") for item in ids])
+            await store.append([event("v", item, 9, item) for item in [*ids, "last", "of all"]])
+            (refuser,) = await store.read(["u"], timeout_s=5.0)
+            assert set(refuser.refused) == newest
+            assert await seen_by(store, "v") == newest
+
+        self.run(scenario, length=2, refused=7, seen=7)
+
     @pytest.mark.parametrize("name", ["用户/一 ☃", "nul\x00inside", 'a"b\\c', "{0}:{1}", "é" * 128, "", "-1", "7"])
     def test_ids_of_what_fell_are_any_text(self, name):
         async def scenario(store):

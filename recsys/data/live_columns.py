@@ -41,20 +41,30 @@ def exactly(texts: Sequence[str | None], wanted: pa.DataType) -> pa.ChunkedArray
     told = pa.chunked_array([pa.array(texts, pa.string())])
     if is_text(pa.chunked_array([], wanted)):
         return told.cast(wanted.value_type).dictionary_encode() if pa.types.is_dictionary(wanted) else told.cast(wanted)
-    held = fitting(texts, wanted)
+    try:
+        held = told.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return told
     return held if as_texts(held).equals(told) else told
 
 
 def fitting(values: Sequence[Any], wanted: pa.DataType) -> pa.ChunkedArray:
     """(n,) texts, or lists of them, as another type; null where one is none of it."""
-    as_told = pa.list_(pa.string()) if pa.types.is_list(wanted) or pa.types.is_large_list(wanted) else pa.string()
+    if not (pa.types.is_list(wanted) or pa.types.is_large_list(wanted)):
+        told = pa.array(values, pa.string()).dictionary_encode()
+        known = _fitting(told.dictionary.to_pylist(), pa.string(), wanted).combine_chunks()
+        return pa.chunked_array([known.take(told.indices)])
+    return _fitting(values, pa.list_(pa.string()), wanted)
+
+
+def _fitting(values: Sequence[Any], as_told: pa.DataType, wanted: pa.DataType) -> pa.ChunkedArray:
     try:
         return pa.chunked_array([pa.array(values, as_told).cast(wanted)])
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         if len(values) == 1:
             return pa.chunked_array([pa.nulls(1, wanted)])
     half = len(values) // 2
-    return pa.chunked_array([*fitting(values[:half], wanted).chunks, *fitting(values[half:], wanted).chunks], wanted)
+    return pa.chunked_array([*_fitting(values[:half], as_told, wanted).chunks, *_fitting(values[half:], as_told, wanted).chunks], wanted)
 
 
 def as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -157,7 +157,7 @@ class Filters:
         out = np.zeros(len(self._items), bool)
         if name == ITEM_ID:
             rows = self._items.rows(wanted)
-            out[rows[rows != UNKNOWN]] = True
+            out[rows[(rows != UNKNOWN) & (rows < len(out))]] = True  # later items are asked of beside these
             return out
         values = self._catalogue.values[name]
         if not self._is_text(name):

@@ -92,6 +92,7 @@ class Bundled:
     def __init__(self, snapshot: ItemSnapshot, states: States, coder: Coder, partitions: int) -> None:
         self.snapshot, self.partitions = snapshot, partitions
         self._states, self._coder = states, coder
+        self._homes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._held: dict[int, tuple[tuple[int, ...], Looked]] = {}
 
     def at_home(self, number: int, group: Group, absent: tuple[int, ...]) -> Looked:
@@ -100,9 +101,17 @@ class Bundled:
         if len(absent) == self.partitions:
             return whole
         if number not in self._held or self._held[number][0] != absent:
-            mine = [self._coder.of_key(group, key, -1) for n, key in self._states if n == number and home(key, self.partitions) in absent]
-            self._held[number] = absent, whole.only(np.isin(whole.codes, mine))
+            homes, codes = self._placed(number, group)
+            self._held[number] = absent, whole.only(np.isin(whole.codes, codes[np.isin(homes, absent)]))
         return self._held[number][1]
+
+    def _placed(self, number: int, group: Group) -> tuple[np.ndarray, np.ndarray]:
+        """Of a group's keys (K,) the partition and the code; found once, as partitions come one after another."""
+        if number not in self._homes:
+            keys = [key for n, key in self._states if n == number]
+            homes = np.array([home(key, self.partitions) for key in keys], np.int64)
+            self._homes[number] = homes, np.array([self._coder.of_key(group, key, -1) for key in keys], np.int64)
+        return self._homes[number]
 
 
 def item_snapshot(parts: Mapping[int, Part], inputs: AggregateInputs, coder: Coder, bundled: Bundled) -> ItemSnapshot:

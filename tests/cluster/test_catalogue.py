@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -126,6 +129,14 @@ def test_what_a_request_would_refuse_is_refused_of_a_file_row_by_row(folder: Pat
     assert done.exit_code == 2
     assert "1 item deleted, 1 refused:" in done.output
     assert "- Line 2: the id 'xxx" in done.output
+
+
+def test_ids_of_a_warehouse_are_decimals(folder: Path) -> None:
+    """And one that is no number at all is refused."""
+    pq.write_table(pa.table({"sku": pa.array([Decimal(1), Decimal(27)], pa.decimal128(10, 0))}), folder / "rows.parquet")
+    assert rows_of(config_of(folder), "items", folder / "rows.parquet").taken == [("1", {}, None), ("27", {}, None)]
+    (folder / "far.jsonl").write_text('{"sku": 1e400}')
+    assert "inf is no id; expected a text or a number." in rows_of(config_of(folder), "items", folder / "far.jsonl").refused[0]
 
 
 def test_a_file_that_is_no_text_or_nested_without_end_is_named(folder: Path) -> None:

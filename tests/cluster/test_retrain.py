@@ -195,6 +195,25 @@ def test_a_retrain_leaves_its_version_and_no_folders(at):
     assert folders() == before
 
 
+def test_folders_of_runs_go_by_their_name_at_once_and_two_may_sweep(at, monkeypatch):
+    """A removal that is cut short leaves nothing under the name that a later run would take for whole; the next sweep ends it."""
+    config = config_of(at)
+    old, data = time.time() - 90_000, Path(config.root) / "data"
+    passing = Passing(config)
+    for name in ("one", "two"):
+        (passing.mark(data / name) / "prepared.json").write_text("{}")
+        os.utime(data / name / Passing.MARK, (old, old))
+    with monkeypatch.context() as cut_short:
+        cut_short.setattr("cluster.workdir.shutil.rmtree", lambda *_, **__: None)
+        Passing(config).sweep()
+    assert not (data / "one").exists()
+    assert not (data / "two").exists()
+    assert len(list(data.glob(".gone-*"))) == 2
+    passing.clear()  # of what somebody else has removed
+    passing.sweep()
+    assert not list(data.glob(".gone-*"))
+
+
 def test_too_few_events_wait_for_more(at):
     config = config_of(at)
     archive(Path(config.place("events")), new_events(99))
