@@ -154,13 +154,18 @@ def _set_environment(env: Mapping[str, str]) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def _haproxy_folder(port: int) -> Path:
-    """A folder only this user can enter.
+def haproxy_folder(port: int) -> Path:
+    """Where this user's HAProxy for a port keeps its files.
 
     Under /tmp and with a short name, because Ray appends 57 characters for the node and HAProxy refuses sockets whose
     path is longer than 97.
     """
-    folder = Path("/tmp") / f"rf-{os.getuid()}-{port}"  # noqa: S108 - made 0700 below, and refused if it is not ours
+    return Path("/tmp") / f"rf-{os.getuid()}-{port}"  # noqa: S108 - made 0700 below, and refused if it is not ours
+
+
+def _haproxy_folder(port: int) -> Path:
+    """The folder, which only this user can enter."""
+    folder = haproxy_folder(port)
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise RayfunnelError(f"'{folder}' belongs to somebody else. Remove it, or serve on another port.")

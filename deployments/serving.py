@@ -15,7 +15,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 
-from cluster.runtime import serving_environment, start_ray
+from cluster.runtime import haproxy_folder, serving_environment, start_ray
+from deployments.abandoned import end_abandoned
 from recsys.config import Config
 from recsys.errors import RayfunnelError
 from recsys.serve_config import ServeConfig
@@ -89,7 +90,11 @@ def _interrupt(*_: object) -> None:
 
 
 def check_port(serving: ServeConfig) -> None:
-    """Raises RayfunnelError where somebody listens on the port already."""
+    """Raises RayfunnelError where somebody listens on the port already. HAProxy of a service that was killed there is ended first."""
+    if ended := end_abandoned(haproxy_folder(serving.port)):
+        log.warning(
+            "HAProxy (pid %s) of a service that was killed still held port %d; it is ended", ", ".join(map(str, ended)), serving.port
+        )
     with socket.socket(socket.AF_INET6 if ":" in serving.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
