@@ -273,7 +273,8 @@ class Ladder:
         if row.answer.done():
             return
         if row.batch is None:
-            batch = Batch(funnel, View([row], None, None, (), []), {})
+            unread = (Degraded("user_state", "stale", "timeout"),)  # what the user had or refused live is not known yet
+            batch = Batch(funnel, View([row], None, None, unread, []), {})
             step = "recall"
         else:
             with row.batch.lock:

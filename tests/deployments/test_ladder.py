@@ -280,7 +280,7 @@ class TestDeadlines:
 
         answer = asyncio.run(ask())
         assert ids(answer) == ["i99", "i98", "i97"]
-        assert answer.degraded == (Degraded("recall", "popular", "timeout"),)
+        assert answer.degraded == (Degraded("user_state", "stale", "timeout"), Degraded("recall", "popular", "timeout"))
 
     def test_a_caller_that_leaves_is_dropped_between_stages(self) -> None:
         async def ask() -> list[int]:
