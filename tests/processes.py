@@ -50,6 +50,7 @@ def below(root: int, *also: int) -> dict[int, Seen]:
 
 
 def replicas(application: str, deployment: str) -> list[int]:
-    """The pids of a deployment's replicas, of the Ray that this process has started."""
+    """The pids of a deployment's replicas, of the Ray that this process has started. One may be missing that titles itself just then."""
     title = f"ray::ServeReplica:{application}:{deployment}"
-    return sorted(pid for pid, seen in below(os.getpid()).items() if seen.name.split(" ")[0] == title)
+    titled = {pid: seen.name.split(" ")[0] for pid, seen in below(os.getpid()).items()}
+    return sorted(pid for pid, name in titled.items() if name == title or name.startswith(f"{title}."))

@@ -135,7 +135,8 @@ def kill_under_load(live: Live, deployment: str) -> None:
     """SIGKILL one replica under 16 connections: every request is answered, and the replica comes back."""
     with crowd(live.url, 16) as tally:
         time.sleep(1)
-        before = replicas(live.name, deployment)
+        before: list[int] = []
+        eventually(lambda: bool(before.extend(replicas(live.name, deployment)) or before), 30, f"{deployment} is there")
         os.kill(before[0], signal.SIGKILL)
         eventually(lambda: len(set(replicas(live.name, deployment)) - {before[0]}) >= len(before), 90, f"{deployment} is back")
         time.sleep(2)
