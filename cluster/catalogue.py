@@ -24,13 +24,11 @@ from recsys.data.columns import ColumnConfig
 from recsys.data.formats import Need, check_present, read
 from recsys.data.sources import TableConfig
 from recsys.errors import DataError, RequestError
-from recsys.features.live_items import ItemChange, checked
+from recsys.features.live_items import LONGEST_TITLE, ItemChange, checked
 
 Side = Literal["items", "users"]
 SHOWN = 5
 """Refused rows that are told one by one."""
-LONGEST_TITLE = 1_000
-"""Characters, as PUT /v1/items takes them."""
 
 
 class Rows(NamedTuple):

@@ -11,6 +11,7 @@ from deployments.resilience import Reason
 from deployments.resilience import Rung as Degradation
 from recsys.core import canonical_id
 from recsys.data.event_names import unclean
+from recsys.features.live_items import LONGEST_TITLE
 from recsys.recall.cold_start import Rung
 
 EXCLUDE = 1_000
@@ -186,7 +187,7 @@ class ItemBody(Body):
     """The item, known or not."""
     columns: dict[str, Any] = Field(default_factory=dict, examples=[{"price": 9.5, "genres": ["Comedy", "Drama"]}])
     """Values of declared item columns. One that is left out keeps its value; null takes it away."""
-    title: Annotated[str, Field(max_length=1_000)] | None = None
+    title: Annotated[str, Field(max_length=LONGEST_TITLE)] | None = None
     """What answers show beside the id."""
 
 

@@ -38,6 +38,15 @@ async def whole_log(store: FeatureStore, partitions: int) -> list[NewEvent]:
     return [logged.event for p in range(partitions) async for logged in store.read_log(p)]
 
 
+async def append_in_steps(store: FeatureStore, arrivals: list[NewEvent], rng: random.Random) -> None:
+    """Tell a store of events in their order, some at a time."""
+    at = 0
+    while at < len(arrivals):
+        step = rng.randrange(1, 9)
+        await store.append(arrivals[at : at + step])
+        at += step
+
+
 class FeatureStoreContract:
     def make(self, config: StoreConfig, history: HistoryConfig) -> FeatureStore:
         raise NotImplementedError
@@ -267,11 +276,7 @@ class FeatureStoreContract:
         expected = sorted(newest, key=lambda item: (newest[item], item))[-most:]
 
         async def scenario(store):
-            at = 0
-            while at < len(arrivals):
-                step = rng.randrange(1, 9)
-                await store.append(arrivals[at : at + step])
-                at += step
+            await append_in_steps(store, arrivals, rng)
             assert await seen_by(store, "u") == set(expected)
 
         self.run(scenario, length=4, seen=most)
@@ -419,11 +424,7 @@ class FeatureStoreContract:
             seen.add(e)
 
         async def scenario(store):
-            at = 0
-            while at < len(arrivals):
-                step = rng.randrange(1, 9)
-                await store.append(arrivals[at : at + step])
-                at += step
+            await append_in_steps(store, arrivals, rng)
             for user in ("u0", "u1", "u2", "u3"):
                 assert await items_of(store, user) == list(feature.value(states[user], END))
 

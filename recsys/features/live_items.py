@@ -22,6 +22,8 @@ from recsys.data.columns import FROM_TIME, ColumnConfig
 from recsys.errors import RequestError, StoreError
 
 Declared = Mapping[str, ColumnConfig]
+LONGEST_TITLE = 1_000
+"""Characters of a title, by request or from a file."""
 MOST_VALUES = 1_000
 """Values of one cell at most."""
 
